@@ -1,0 +1,30 @@
+"""SAM 3 and its light students: build, load and predict.
+
+Names are resolved on first use, so that importing the package costs little more than importing torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from sam3.version import __version__
+
+_EXPORTS = {
+    "build_sam3_image_model": "sam3.model_builder",
+    "load_model": "sam3.loading",
+    "Preprocess": "sam3.preprocess",
+    "Sam3Config": "sam3.config",
+}
+
+__all__ = ["Preprocess", "Sam3Config", "__version__", "build_sam3_image_model", "load_model"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'sam3' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

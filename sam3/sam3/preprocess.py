@@ -1,0 +1,231 @@
+"""The one place where pixels become tensors, and where coordinates and masks cross between image and model frames.
+
+SAM 3 stretches every image to a square and maps it to [-1, 1]; that is the default. The same object is used when a
+teacher is exported, a student trained and a merged model deployed; its description is stored in the embedding store and
+in every checkpoint and compared wherever two meet, because a student that is shown other pixels than its teacher learns
+the wrong function without any error.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2.functional import InterpolationMode
+from torchvision.transforms.v2.functional import resize as tv_resize
+
+MODES = ("stretch", "letterbox")
+INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
+
+
+class PreprocessMismatchError(ValueError):
+    """Two things that must see the same pixels were made with different preprocessing."""
+
+
+def to_rgb_uint8(image: Any) -> Tensor:
+    """Convert an image of any common kind to an RGB tensor, or refuse it clearly.
+
+    Args:
+        image: A PIL image of any mode (its EXIF orientation is applied, transparency is dropped), a numpy array
+            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor (3, H, W) or (1, H, W). Arrays and tensors are uint8
+            in 0..255, or floating point in 0..1.
+
+    Returns:
+        uint8 tensor, (3, H, W), contiguous, on the tensor's own device (CPU for the other kinds).
+
+    Raises:
+        TypeError: If the kind or the dtype is none of these.
+        ValueError: If the shape is wrong, a side is zero, or a float value is not finite or outside 0..1.
+    """
+    if isinstance(image, Image.Image):
+        oriented = ImageOps.exif_transpose(image)
+        return torch.from_numpy(np.array(oriented.convert("RGB"))).permute(2, 0, 1).contiguous()
+    if isinstance(image, np.ndarray):
+        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        if tensor.ndim == 2:
+            tensor = tensor[..., None]
+        if tensor.ndim != 3 or tensor.shape[-1] not in (1, 3, 4):
+            raise ValueError(f"an array image must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {image.shape}")
+        tensor = tensor[..., :3].permute(2, 0, 1)
+    elif isinstance(image, Tensor):
+        tensor = image
+        if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
+            raise ValueError(f"a tensor image must be (3, H, W) or (1, H, W), got {tuple(image.shape)}")
+    else:
+        raise TypeError(f"an image must be a PIL image, a numpy array or a tensor, got {type(image).__name__}")
+    if 0 in tensor.shape:
+        raise ValueError(f"the image is empty: shape {tuple(image.shape)}")
+    if tensor.dtype.is_floating_point:
+        low, high = float(tensor.min()), float(tensor.max())
+        if not (low >= 0.0 and high <= 1.0):
+            raise ValueError(f"a floating-point image must lie in 0..1, got values from {low} to {high}")
+        tensor = (tensor * 255.0).round().to(torch.uint8)
+    elif tensor.dtype != torch.uint8:
+        raise TypeError(f"an image must be uint8 or floating point, got {tensor.dtype}")
+    return tensor.expand(3, -1, -1).contiguous()
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Image to model input, and back for coordinates and masks.
+
+    ``stretch`` resizes to (size_px, size_px) and gives up the aspect ratio; ``letterbox`` resizes the longest side to
+    ``size_px`` and pads the right and the bottom with zeros *after* normalisation. Resizing is antialiased and done
+    on uint8, as the deployed SAM 3 processor does on the CPU.
+    """
+
+    size_px: int = 1008
+    mode: str = "stretch"
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per RGB channel, for pixel values in 0..1."""
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"preprocessing mode {self.mode!r} is not one of {MODES}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"preprocessing interpolation {self.interpolation!r} is not one of {INTERPOLATIONS}")
+        if self.size_px < 1:
+            raise ValueError(f"preprocessing size_px must be positive, got {self.size_px}")
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            if len(values) != 3:
+                raise ValueError(f"preprocessing {name} needs three values (R, G, B), got {values}")
+            object.__setattr__(self, name, values)
+        if min(self.std) <= 0:
+            raise ValueError(f"preprocessing std must be positive, got {self.std}")
+
+    @classmethod
+    def letterbox_imagenet(cls, size_px: int = 1008) -> Preprocess:
+        """What published EfficientSAM3 stage-1 files were distilled with."""
+        return cls(size_px, "letterbox", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON and checkpoints."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Preprocess:
+        """Inverse of `to_dict`.
+
+        Raises:
+            ValueError: If a field is unknown or a value is impossible.
+        """
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ValueError(f"preprocessing description: unknown field {unknown[0]!r}; known are {sorted(known)}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
+    def require_equal(self, other: Preprocess, mine: str, theirs: str) -> None:
+        """Check that two preprocessing descriptions that meet are the same.
+
+        Args:
+            other: The description to compare with.
+            mine: What this description belongs to, e.g. ``the training config``.
+            theirs: What the other belongs to, e.g. ``the embedding store output/teacher/embeddings``.
+
+        Raises:
+            PreprocessMismatchError: If they differ; the message prints both.
+        """
+        if self != other:
+            raise PreprocessMismatchError(
+                f"preprocessing differs between {mine} and {theirs}:\n  {mine}: {self.to_dict()}\n"
+                f"  {theirs}: {other.to_dict()}\nMake both the same, or export the embeddings again."
+            )
+
+    def resized_hw(self, original_hw: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that the image itself has inside the model's square input."""
+        if self.mode == "stretch":
+            return self.size_px, self.size_px
+        height, width = original_hw
+        scale = self.size_px / max(height, width)
+        return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+    def __call__(self, image: Any) -> Tensor:
+        """Turn one image into a model input.
+
+        Args:
+            image: See `to_rgb_uint8`.
+
+        Returns:
+            float32 tensor, (3, size_px, size_px).
+        """
+        pixels = to_rgb_uint8(image)
+        resized_hw = self.resized_hw((pixels.shape[-2], pixels.shape[-1]))
+        mode = InterpolationMode(self.interpolation)
+        pixels = tv_resize(pixels, list(resized_hw), mode, antialias=mode != InterpolationMode.NEAREST)
+        return self.normalize(pixels)
+
+    def normalize(self, pixels_chw: Tensor) -> Tensor:
+        """Scale and pad a resized uint8 image (3, h, w): float32, (3, size_px, size_px)."""
+        mean = torch.tensor(self.mean, device=pixels_chw.device)[:, None, None]
+        std = torch.tensor(self.std, device=pixels_chw.device)[:, None, None]
+        normalized = (pixels_chw.to(torch.float32) / 255.0 - mean) / std
+        height, width = normalized.shape[-2:]
+        return F.pad(normalized, (0, self.size_px - width, 0, self.size_px - height))
+
+    def valid_hw(self, original_hw: tuple[int, int]) -> tuple[float, float]:
+        """Scale factors (y, x) from original pixels to model-input pixels."""
+        height, width = self.resized_hw(original_hw)
+        return height / original_hw[0], width / original_hw[1]
+
+    def coords_to_model(self, coords_xy_px: Tensor, original_hw: tuple[int, int]) -> Tensor:
+        """Map (..., 2) x, y pixel coordinates of the original image to pixels of the model input."""
+        scale_y, scale_x = self.valid_hw(original_hw)
+        return coords_xy_px * coords_xy_px.new_tensor([scale_x, scale_y])
+
+    def boxes_to_model(self, boxes_xyxy_px: Tensor, original_hw: tuple[int, int]) -> Tensor:
+        """Map (..., 4) xyxy pixel boxes of the original image to pixels of the model input."""
+        return self.coords_to_model(boxes_xyxy_px.unflatten(-1, (2, 2)), original_hw).flatten(-2)
+
+    def masks_to_image(self, logits_bchw: Tensor, original_hw: tuple[int, int]) -> Tensor:
+        """Resize mask logits that cover the model input to the original image, dropping padding.
+
+        Args:
+            logits_bchw: Logits of any square size, (B, C, S, S).
+            original_hw: Height and width of the original image.
+
+        Returns:
+            Logits, (B, C, H, W), bilinear without corner alignment.
+        """
+        if self.mode == "letterbox":
+            height, width = self.resized_hw(original_hw)
+            logits_bchw = F.interpolate(logits_bchw, (self.size_px, self.size_px), mode="bilinear", align_corners=False)
+            logits_bchw = logits_bchw[..., :height, :width]
+        return F.interpolate(logits_bchw, original_hw, mode="bilinear", align_corners=False)
+
+    def masks_to_model(self, masks_bchw: Tensor, size_px: int) -> Tensor:
+        """Resize float masks (B, C, H, W) of the original image to a (size_px, size_px) grid over the model input."""
+        height, width = self.resized_hw((masks_bchw.shape[-2], masks_bchw.shape[-1]))
+        if self.mode == "stretch":
+            return F.interpolate(masks_bchw, (size_px, size_px), mode="bilinear", align_corners=False, antialias=True)
+        inside = F.interpolate(masks_bchw, (height, width), mode="bilinear", align_corners=False, antialias=True)
+        padded = F.pad(inside, (0, self.size_px - width, 0, self.size_px - height))
+        return F.interpolate(padded, (size_px, size_px), mode="bilinear", align_corners=False, antialias=True)
+
+    def build_valid_mask(self, original_hw: tuple[int, int], grid_size: int) -> Tensor:
+        """Which cells of a feature grid lie inside the image.
+
+        Args:
+            original_hw: Height and width of the original image.
+            grid_size: Side of the grid.
+
+        Returns:
+            float32, (1, grid_size, grid_size): 1 inside the image, 0 in its padding. At least one cell is 1.
+        """
+        height, width = self.resized_hw(original_hw)
+        inside = torch.zeros(1, 1, self.size_px, self.size_px)
+        inside[..., :height, :width] = 1.0
+        grid = F.interpolate(inside, (grid_size, grid_size), mode="bilinear", align_corners=False)[0]
+        valid = (grid > 0.5).to(torch.float32)
+        if not valid.any():
+            valid[0, 0, 0] = 1.0
+        return valid

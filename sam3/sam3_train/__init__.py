@@ -1,0 +1,1 @@
+"""Training plumbing that all stages share, each thing once."""

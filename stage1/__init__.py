@@ -1,0 +1,1 @@
+"""Stage 1: distil the SAM 3 image encoder into a student."""
