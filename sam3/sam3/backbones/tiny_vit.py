@@ -1,0 +1,87 @@
+"""TinyViT 5M, 11M and 21M from timm, in the window sizes of the 224 px models.
+
+Wu et al., "TinyViT: Fast Pretraining Distillation for Small Vision Transformers", 2022,
+https://arxiv.org/abs/2207.10666. Windows stay 7 / 14 / 7 at any input size, so the bias tables never change. What we
+change in timm's network: the expanded attention bias is not cached between forwards. timm keeps it in eval mode until
+the next ``train()`` or ``eval()``, so weights that change in place (an EMA, a checkpoint loaded into a model in eval
+mode) would be used with an old bias.
+"""
+
+from __future__ import annotations
+
+import itertools
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam3.backbones.registry import BackboneSpec, register
+from sam3.backbones.timm_network import build_timm, forward_stem_and_stages
+
+
+def _build(timm_name: str) -> nn.Module:
+    from timm.models.tiny_vit import Attention
+
+    network = build_timm(timm_name)
+    network.head = nn.Identity()
+    for module in network.modules():
+        if isinstance(module, Attention):
+            module.__class__ = _uncached_attention_class()  # type: ignore[assignment]
+            # Not in any checkpoint: it must be real also in a model that is built on the meta device.
+            module.attention_bias_idxs = bias_table_index(*module.resolution)
+    return network
+
+
+@cache
+def _uncached_attention_class() -> type[nn.Module]:
+    """A subclass, made on first use so that importing this module does not import timm."""
+    from timm.models.tiny_vit import Attention
+
+    class UncachedAttention(Attention):
+        """timm's window attention that expands its bias table in each forward (under 1% of the time)."""
+
+        def get_attention_biases(self, device: torch.device) -> Tensor:
+            index: Any = self.attention_bias_idxs
+            return self.attention_biases[:, index.to(device)]
+
+    return UncachedAttention
+
+
+def bias_table_index(height: int, width: int) -> Tensor:
+    """Which entry of a (heads, height * width) bias table belongs to each pair of positions in a window.
+
+    Entries are numbered by |dy|, |dx| in the order in which a scan over all pairs first meets them, which for a
+    window is row by row: |dy| * width + |dx|.
+
+    Returns:
+        (N, N) int64 on the CPU, N = height * width.
+    """
+    points = list(itertools.product(range(height), range(width)))
+    rows = [[abs(y1 - y2) * width + abs(x1 - x2) for y2, x2 in points] for y1, x1 in points]
+    return torch.tensor(rows, dtype=torch.long, device="cpu")
+
+
+def _forward_taps(network: Any, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
+    return forward_stem_and_stages(network.patch_embed, network.stages, images_bchw)
+
+
+for _name, _student, _channels in (
+    ("tiny_vit_5m", "es_tv_s", (160, 320)),
+    ("tiny_vit_11m", "es_tv_m", (256, 448)),
+    ("tiny_vit_21m", "es_tv_l", (384, 576)),
+):
+    register(
+        BackboneSpec(
+            name=_name,
+            build=lambda timm_name=f"{_name}_224": _build(timm_name),  # type: ignore[misc]
+            forward_taps=_forward_taps,
+            tap_channels=_channels,
+            tap_strides_px=(16, 32),
+            marker="layers.",
+            student_name=_student,
+            timm_name=f"{_name}_224",
+            key_family="tiny_vit",
+            classifier_prefixes=("head.", "norm_head."),
+        )
+    )
