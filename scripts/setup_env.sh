@@ -149,6 +149,7 @@ setup_env() {
     if command -v flock >/dev/null; then
         exec 9>&-
     fi
-    export VENV PATH="$VENV/bin:$PATH"
+    # PYTHON named the interpreter to make the environment from; from here on it is the one inside.
+    export VENV PATH="$VENV/bin:$PATH" PYTHON=$VENV/bin/python
     hash -r
 }
