@@ -13,22 +13,23 @@ from yacs.config import CfgNode
 
 from sam3.config import Sam3Config, StudentConfig
 from sam3.preprocess import Preprocess
+from sam3_train.config import training_defaults
 from sam3_train.errors import UserError
 
 
 def get_defaults() -> CfgNode:
-    """A fresh tree with every setting of stage 1 at its default."""
-    cfg = CfgNode()
+    """A fresh tree with every setting of stage 1 at its default.
+
+    The settings that the training loop reads (TRAIN, SAVE_FREQ, ...) are described in `sam3_train.config`.
+    """
+    cfg = training_defaults()
     cfg.OUTPUT = ""  # run directory; empty: output/stage1/<MODEL.NAME>, so that two students never share one
-    cfg.SEED = 0  # seeds weights, sampler and augmentation
-    cfg.PRINT_FREQ = 10  # optimizer steps between log lines
-    cfg.SAVE_FREQ = 1  # epochs between ckpt_epoch_N.pth; the last epoch is always saved
-    cfg.AMP_ENABLE = True  # autocast on a CUDA device; the CPU always computes in float32
-    cfg.AMP_DTYPE = "bf16"  # bf16 | fp16 (fp16 uses a gradient scaler)
+    cfg.TRAIN.LR_SCALING = "sqrt"  # AdamW: with a linear rule a small global batch would hardly learn
+    cfg.TRAIN.KEEP_EVERY = 10  # every tenth epoch's checkpoint stays beside the last ones and the best
+    cfg.TRAIN.CHANNELS_LAST = True  # memory format of the student's kernels and images
     cfg.DATA = _data_defaults()
     cfg.MODEL = _model_defaults()
     cfg.DISTILL = _distill_defaults()
-    cfg.TRAIN = _train_defaults()
     cfg.VAL = _val_defaults()
     return cfg
 
@@ -74,46 +75,11 @@ def _distill_defaults() -> CfgNode:
     distill.NO_RAND = True  # False: flips and crops, replayed from the stored seed so that student and teacher agree
     distill.MSE = 1.0  # weight of the squared error (mean over channels and valid cells)
     distill.COSINE = 1.0  # weight of 1 - cosine along channels (mean over valid cells)
-    distill.NORMALIZE = True  # divide the squared error by the teacher features' variance: 1 = predicting the mean
+    # What the squared error is divided by: the teacher's variance per channel (channel) or over all channels (global),
+    # so that predicting the mean costs about 1; or nothing (none).
+    distill.NORMALIZE = "channel"
+    distill.STATISTICS_IMAGES = 64  # training images that the teacher's variance is measured on
     return distill
-
-
-def _train_defaults() -> CfgNode:
-    train = CfgNode()
-    train.EPOCHS = 50
-    train.MAX_STEPS = 0  # stop after this many optimizer steps in all; 0: no limit
-    train.WARMUP_EPOCHS = 5.0  # epochs from WARMUP_LR up to BASE_LR
-    train.BASE_LR = 1e-3  # at a global batch of LR_REFERENCE_BATCH
-    train.WARMUP_LR = 1e-6  # the same
-    train.MIN_LR = 1e-5  # the same
-    train.LR_SCALING = "sqrt"  # sqrt | linear | none: how the three follow global batch / LR_REFERENCE_BATCH
-    train.LR_REFERENCE_BATCH = 512  # images
-    train.WEIGHT_DECAY = 0.01  # matrices and kernels; vectors, norms and biases get none
-    train.CLIP_GRAD = 5.0  # global gradient norm; 0: no clipping
-    train.ACCUMULATION_STEPS = 1  # micro batches per optimizer step
-    train.AUTO_RESUME = True  # continue the run found in OUTPUT
-    train.SYNC_BN = False  # BatchNorm statistics over all ranks
-    train.EVAL_BN_WHEN_TRAINING = False  # keep BatchNorm's running statistics frozen
-    train.FIND_UNUSED_PARAMETERS = False  # DistributedDataParallel's flag
-    train.EMA_DECAY = 0.0  # decay per optimizer step of an averaged copy of the weights, e.g. 0.9998; 0: none
-    train.CHANNELS_LAST = True  # memory format of images and kernels
-    train.DETERMINISTIC = False  # torch.use_deterministic_algorithms on CUDA
-    train.MAX_NONFINITE_STEPS = 10  # non-finite losses or gradients in a row that end the run
-    train.REPLICA_CHECK_STEPS = 500  # steps between comparisons of the ranks' parameters; 0: never
-    train.SAVE_EVERY_STEPS = 0  # steps between checkpoints inside an epoch; 0: none
-    train.SAVE_EVERY_MINUTES = 30.0  # the same by time; 0: none
-    train.KEEP_LAST = 3  # newest checkpoints that stay on disk
-    train.KEEP_EVERY = 10  # every n-th epoch's checkpoint stays as well; 0: none
-    train.OPTIMIZER = CfgNode()
-    train.OPTIMIZER.NAME = "adamw"  # adamw | sgd
-    train.OPTIMIZER.EPS = 1e-8
-    train.OPTIMIZER.BETAS = [0.9, 0.999]
-    train.OPTIMIZER.MOMENTUM = 0.9  # sgd only
-    train.LR_SCHEDULER = CfgNode()
-    train.LR_SCHEDULER.NAME = "cosine"  # cosine | linear | step
-    train.LR_SCHEDULER.DECAY_EPOCHS = 30.0  # step only
-    train.LR_SCHEDULER.DECAY_RATE = 0.1  # step only
-    return train
 
 
 def _val_defaults() -> CfgNode:
