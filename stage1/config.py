@@ -44,7 +44,17 @@ def _data_defaults() -> CfgNode:
     data.PIN_MEMORY = True  # page-locked batches; only where there is a CUDA device
     data.NUM_SAMPLES = -1  # first N training images in sorted key order; -1 takes all
     data.VAL_NUM_SAMPLES = -1  # the same for the val split
+    data.SUBSET = 1.0  # share of the training images, chosen by hash of the name; a share holds all smaller ones
+    data.SUBSET_SEED = 0  # another seed chooses another subset
+    data.BAD_IMAGES = ""  # list of unreadable images to leave out (python -m sam3_train.data.validate makes it)
+    data.MAX_BAD_FRACTION = 0.001  # share of unreadable images that a run skips and reports; beyond it the run ends
+    data.INDEX_CACHE = ""  # sa1b_tar: folder for the tars' offset tables; empty: beside the tars
     data.VAL_FRACTION = 0.05  # share of a data set without a val split that is held out, by hash of the name
+    data.SUBSET = 1.0  # share of the training images to use, chosen by hash of the name
+    data.SUBSET_SEED = 0  # another seed chooses another subset
+    data.INDEX_CACHE = ""  # where offset tables of tars are kept; empty: beside the tars
+    data.BAD_IMAGES = ""  # list of unreadable images to leave out, made by python -m sam3_train.data.validate
+    data.MAX_BAD_FRACTION = 0.001  # unreadable images that a run tolerates, as a share of the data set
     data.PREPROCESS = CfgNode()  # pixels -> tensor; the side is the model preset's image size
     data.PREPROCESS.MODE = "stretch"  # stretch (what SAM 3 does) | letterbox
     data.PREPROCESS.MEAN = [0.5, 0.5, 0.5]  # R, G, B for pixel values in 0..1
@@ -73,6 +83,8 @@ def _distill_defaults() -> CfgNode:
     distill.CODEC = "fp16"  # how an export stores an embedding: fp16 | int8
     distill.ONLINE_TEACHER = False  # compute the teacher's features in every step; no store is read
     distill.NO_RAND = True  # False: flips and crops, replayed from the stored seed so that student and teacher agree
+    distill.FLIP_PROB = 0.5  # NO_RAND False: probability of a left-right flip
+    distill.MIN_CROP_AREA = 0.5  # NO_RAND False: smallest crop as a share of the image's area
     distill.MSE = 1.0  # weight of the squared error (mean over channels and valid cells)
     distill.COSINE = 1.0  # weight of 1 - cosine along channels (mean over valid cells)
     # What the squared error is divided by: the teacher's variance per channel (channel) or over all channels (global),
