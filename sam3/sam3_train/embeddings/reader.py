@@ -1,0 +1,324 @@
+"""Reading a store: memory-mapped random access by key, whatever number of ranks wrote it.
+
+A reader holds maps and no open file, pickles as its path and is safe under fork and spawn, so one object serves all
+loader workers. A directory of the public tool (no ``store.json``) opens when the caller states the shape.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from sam3_train.embeddings.codecs import Codec, Shape
+from sam3_train.embeddings.key_index import KeyIndex
+from sam3_train.embeddings.plan import require_no_stale_ranks
+from sam3_train.embeddings.rank_files import RankPaths, find_ranks, read_index, read_keys, read_quarantine
+from sam3_train.embeddings.spec import SEED_BYTES, StoreError, StoreInfo, StoreSpec, read_store_info
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which of the wanted keys a store can serve."""
+
+    num_wanted: int
+    missing: list[str]
+    """Keys without a record and without a reason."""
+    quarantined: dict[str, str]
+    """Wanted keys that the export skipped, with the reason; training skips them too."""
+
+    @property
+    def num_present(self) -> int:
+        """Wanted keys that have a record."""
+        return self.num_wanted - len(self.missing) - len(self.quarantined)
+
+
+class EmbeddingStore:
+    """A store opened for reading.
+
+    Args:
+        directory: Folder with the rank files.
+        shape: (C, H, W); needed for a store without ``store.json``, checked against it otherwise.
+        check_crc: Compare each record that is read with its CRC-32 (about 4 GB/s on one core).
+
+    Raises:
+        StoreError: If files are missing, truncated, stale or do not fit together.
+    """
+
+    def __init__(self, directory: str | Path, shape: Shape | None = None, check_crc: bool = True) -> None:
+        self.directory = Path(directory)
+        self.check_crc = check_crc
+        self._asked_shape = shape
+        self._open()
+
+    def _open(self) -> None:
+        if not self.directory.is_dir():
+            raise StoreError(
+                f"{self.directory}: no such folder; export the teacher's embeddings first, or correct the path"
+            )
+        self.info: StoreInfo | None = read_store_info(self.directory)
+        if self.info is None:
+            self.spec = _public_spec(self.directory, self._asked_shape)
+            self._paths = [RankPaths(self.directory, rank) for rank in find_ranks(self.directory)]
+            self._crcs: dict[int, np.ndarray] = {}
+        else:
+            self.spec = self.info.spec
+            require_shape(self.directory, self.spec.shape, self._asked_shape)
+            require_no_stale_ranks(self.directory, self.info)
+            self._paths = [RankPaths(self.directory, rank) for rank in range(self.info.ranks)]
+        self._num_records = self._check_sizes()
+        self._maps: dict[int, mmap.mmap] = {}
+        self._index = KeyIndex(self.directory, self._paths, self._num_records)
+        self.quarantined: dict[str, str] = {}
+        for paths in self._paths:
+            self.quarantined.update(read_quarantine(paths))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"directory": self.directory, "shape": self._asked_shape, "check_crc": self.check_crc}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.directory, self.check_crc = state["directory"], state["check_crc"]
+        self._asked_shape = state["shape"]
+        self._open()
+
+    def __enter__(self) -> EmbeddingStore:
+        return self
+
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Drop the maps of the values; a later read opens them again."""
+        maps, self._maps = self._maps, {}
+        for values in maps.values():
+            values.close()
+
+    def __len__(self) -> int:
+        return sum(self._num_records)
+
+    def __contains__(self, key: str) -> bool:
+        return self._index.find(key) is not None
+
+    @property
+    def codec(self) -> Codec:
+        """How the payloads are stored."""
+        return self.spec.codec_object
+
+    def keys(self) -> Iterator[str]:
+        """All keys, rank by rank in record order, read from the key files."""
+        for paths, count in zip(self._paths, self._num_records, strict=True):
+            yield from read_keys(paths)[:count]
+
+    def read(self, key: str) -> tuple[int, np.ndarray]:
+        """Seed and embedding of a key.
+
+        Returns:
+            The int32 seed, and a float16 array of its own, (C, H, W).
+
+        Raises:
+            StoreError: If the key is not there, or its record is damaged.
+        """
+        seed, payload = self._record(key)
+        return seed, self.codec.decode(payload, self.spec.shape)
+
+    def read_raw(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
+        """Seed and stored parts of a key, copied: for ``codec.to_float`` on the training device.
+
+        Returns:
+            The int32 seed, and ``{"values": float16 (C, H, W)}`` for fp16 or ``{"scale": float32 (C,), "values": int8
+            (C, H, W)}`` for int8.
+
+        Raises:
+            StoreError: If the key is not there, or its record is damaged.
+        """
+        seed, payload = self._record(key)
+        return seed, {name: np.array(part) for name, part in self.codec.split(payload, self.spec.shape).items()}
+
+    def read_seed(self, key: str) -> int:
+        """The seed alone."""
+        rank, record = self._locate(key)
+        return struct.unpack_from("<i", self._map(rank), record * self.spec.record_bytes)[0]
+
+    def check_coverage(self, keys: Iterable[str]) -> Coverage:
+        """Which of ``keys`` have a record; to be called before any compute."""
+        missing, quarantined, count = [], {}, 0
+        for key in keys:
+            count += 1
+            if key in self:
+                continue
+            if key in self.quarantined:
+                quarantined[key] = self.quarantined[key]
+            else:
+                missing.append(key)
+        return Coverage(count, missing, quarantined)
+
+    def require_coverage(self, keys: Iterable[str]) -> Coverage:
+        """`check_coverage`, with an error if a key is missing without a reason.
+
+        Raises:
+            StoreError: With the count and the first missing keys.
+        """
+        coverage = self.check_coverage(keys)
+        if coverage.missing:
+            raise StoreError(
+                f"{self.directory}: {len(coverage.missing)} of {coverage.num_wanted} keys have no embedding (first: "
+                f"{', '.join(coverage.missing[:5])}); run the export again with this data set: it adds what is missing"
+            )
+        return coverage
+
+    def record_ok(self, rank: int, record: int) -> bool:
+        """Whether a record's bytes fit its CRC; True where the store has no CRCs."""
+        crcs = self._rank_crcs(rank)
+        return crcs is None or zlib.crc32(self._bytes(rank, record)) == crcs[record]
+
+    def locations(self) -> Iterator[tuple[str, int, int]]:
+        """(key, rank, record) of every record, rank by rank."""
+        for paths, count in zip(self._paths, self._num_records, strict=True):
+            for record, key in enumerate(read_keys(paths)[:count]):
+                yield key, paths.rank, record
+
+    def duplicate_keys(self) -> list[tuple[str, tuple[int, int], tuple[int, int]]]:
+        """Keys that stand in more than one place, with two of the places."""
+        return self._index.duplicates()
+
+    def values_path(self, rank: int) -> Path:
+        """The file that holds a rank's records."""
+        return RankPaths(self.directory, rank).values
+
+    def _record(self, key: str) -> tuple[int, np.ndarray]:
+        rank, record = self._locate(key)
+        view = self._bytes(rank, record)
+        if self.check_crc:
+            crcs = self._rank_crcs(rank)
+            if crcs is not None and zlib.crc32(view) != crcs[record]:
+                raise StoreError(damaged_message(self.values_path(rank), key, record, self.spec.record_bytes))
+        return struct.unpack_from("<i", view)[0], np.frombuffer(view, np.uint8, offset=SEED_BYTES)
+
+    def _bytes(self, rank: int, record: int) -> memoryview:
+        start = record * self.spec.record_bytes
+        values = self._map(rank)
+        _read_ahead(values, start, self.spec.record_bytes)
+        return memoryview(values)[start : start + self.spec.record_bytes]
+
+    def _locate(self, key: str) -> tuple[int, int]:
+        place = self._index.find(key)
+        if place is None:
+            reason = self.quarantined.get(key)
+            detail = f"it was quarantined: {reason}" if reason else "run the export again: it adds what is missing"
+            raise StoreError(f"{self.directory}: no embedding for key {key!r}; {detail}")
+        return place
+
+    def _map(self, rank: int) -> mmap.mmap:
+        values = self._maps.get(rank)
+        if values is None:
+            with open(self.values_path(rank), "rb") as file:
+                values = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+            self._maps[rank] = values
+        return values
+
+    def _rank_crcs(self, rank: int) -> np.ndarray | None:
+        if self.info is None:
+            return None
+        crcs = self._crcs.get(rank)
+        if crcs is None:
+            crcs = self._crcs[rank] = read_index(RankPaths(self.directory, rank), self.info.export_id)["record_crc"]
+        return crcs
+
+    def _check_sizes(self) -> list[int]:
+        counts, problems = [], []
+        self._crcs = {}
+        for paths in self._paths:
+            missing = [path for path in (paths.values, paths.keys) if not path.exists()]
+            if missing:
+                problems.append(
+                    f"{missing[0]}: missing: rank {paths.rank} of {len(self._paths)} ranks is not complete; copy all "
+                    "rank files of the store here"
+                )
+                continue
+            count = self._expected_records(paths)
+            size, expected = paths.values.stat().st_size, count * self.spec.record_bytes
+            if size != expected:
+                problems.append(size_message(paths.values, size, count, self.spec))
+            counts.append(count)
+        if problems:
+            raise StoreError.from_problems(f"{self.directory} cannot be read", problems)
+        return counts
+
+    def _expected_records(self, paths: RankPaths) -> int:
+        if self.info is None:
+            return len(read_keys(paths))
+        entries = read_index(paths, self.info.export_id)
+        keys_end = int(entries["key_end"][-1]) if len(entries) else 0
+        if paths.keys.stat().st_size != keys_end:
+            raise StoreError(
+                f"{paths.keys}: {paths.keys.stat().st_size:,} bytes, its index says {keys_end:,} ({len(entries)} keys)"
+                ": truncated, or an export was interrupted; run the export again to repair it, or copy the file again"
+            )
+        return len(entries)
+
+
+def require_shape(directory: Path, found: Shape, asked: Shape | None) -> None:
+    """Check the shape a caller expects against the store's.
+
+    Raises:
+        StoreError: If they differ.
+    """
+    if asked is not None and tuple(asked) != tuple(found):
+        raise StoreError(
+            f"{directory}: embeddings have shape {tuple(found)}, {tuple(asked)} is wanted; choose the model preset the "
+            "store was exported with, or export again"
+        )
+
+
+def size_message(path: Path, size: int, num_records: int, spec: StoreSpec) -> str:
+    """One line about a values file whose size does not fit its records."""
+    kind = "truncated" if size < num_records * spec.record_bytes else "longer than its index (an interrupted append)"
+    return (
+        f"{path}: {size:,} bytes, but {num_records} records of {spec.record_bytes:,} bytes (shape {spec.shape}, codec "
+        f"{spec.codec}) take {num_records * spec.record_bytes:,}: {kind}; run the export again to repair it, copy the "
+        "file again, or correct the shape"
+    )
+
+
+def damaged_message(path: Path, key: str, record: int, record_bytes: int) -> str:
+    """One line about a record whose CRC does not fit."""
+    return (
+        f"{path}: record {record} (key {key!r}, bytes {record * record_bytes:,} and on) is damaged: its CRC-32 does "
+        "not fit; copy the file again from a good copy, or export it again into another folder"
+    )
+
+
+def _public_spec(directory: Path, shape: Shape | None) -> StoreSpec:
+    present = find_ranks(directory)
+    if not present:
+        raise StoreError(
+            f"{directory}: no rankN-values.bin here; export the teacher's embeddings first, or correct the path"
+        )
+    if shape is None:
+        raise StoreError(
+            f"{directory}: rank files without store.json (the public tool's layout): state the shape (C, H, W) of one "
+            "embedding"
+        )
+    absent = sorted(set(range(present[-1])) - set(present))
+    if absent:
+        raise StoreError(
+            f"{directory}: rank{absent[0]}-values.bin is missing, though rank {present[-1]} is there; copy all "
+            "rank files"
+        )
+    return StoreSpec(shape)
+
+
+def _read_ahead(values: mmap.mmap, start: int, num_bytes: int) -> None:
+    """Ask for a whole record at once: page faults alone would fetch it in small pieces."""
+    page = mmap.PAGESIZE
+    first = start // page * page
+    values.madvise(mmap.MADV_WILLNEED, first, start + num_bytes - first)

@@ -1,0 +1,253 @@
+"""The embedding store: bytes on disk, round trips, keys, resuming and refusing."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+
+from sam3_train.embeddings import (
+    CODECS,
+    EmbeddingStore,
+    EmbeddingWriter,
+    StoreError,
+    StoreSpec,
+    begin_export,
+    measure_distortion,
+    plan_rank,
+)
+from sam3_train.embeddings.rank_files import RankPaths
+
+SHAPE = (3, 2, 4)
+
+
+def make_spec(**changes) -> StoreSpec:
+    values = {"shape": SHAPE, "teacher": {"sha256": "ab"}, "preprocess": {"size_px": 28}}
+    return StoreSpec(**{**values, **changes})
+
+
+def make_embedding(key: str, shape=SHAPE) -> np.ndarray:
+    generator = np.random.default_rng(zlib.crc32(key.encode()))
+    return generator.standard_normal(shape).astype(np.float16)
+
+
+def export(directory, keys, spec=None, world_size=1, batch_size=2, stop_after=None, ranks=None) -> None:
+    """Run an export with made-up embeddings; ``stop_after`` ends each rank after so many records."""
+    spec = spec or make_spec()
+    begin_export(directory, spec, keys, world_size, batch_size)
+    for rank in range(world_size) if ranks is None else ranks:
+        plan = plan_rank(directory, keys, rank, world_size)
+        with EmbeddingWriter(directory, rank) as writer:
+            todo = [keys[i] for batch in plan.batches for i in batch if keys[i] not in plan.done_keys]
+            for key in todo[:stop_after]:
+                writer.put(key, zlib.crc32(key.encode()) & 0x7FFFFFFF, make_embedding(key, spec.shape))
+
+
+def store_bytes(directory) -> dict[str, bytes]:
+    """What two runs must agree on: everything but the random export id in the index headers and store.json."""
+    content = {}
+    for path in sorted(directory.glob("rank*")):
+        content[path.name] = path.read_bytes()[32:] if path.name.endswith("-index.bin") else path.read_bytes()
+    return content
+
+
+KEYS = [f"sa_{number}" for number in range(11)]
+
+
+def test_bytes_on_disk_are_the_public_layout(tmp_path):
+    """int32 little-endian seed, then float16 in C order; one key per line; nothing else in those two files."""
+    begin_export(tmp_path, make_spec(shape=(1, 1, 2)), ["a", "b"])
+    with EmbeddingWriter(tmp_path) as writer:
+        writer.put("a", 258, np.array([[[1.0, -2.0]]], np.float16))
+        writer.put("b", 2**31 - 1, torch.tensor([[[0.5, 65504.0]]]))
+    golden = bytes.fromhex("02010000003c00c0ffffff7f0038ff7b")
+    assert (tmp_path / "rank0-values.bin").read_bytes() == golden
+    assert (tmp_path / "rank0-keys.txt").read_bytes() == b"a\nb\n"
+
+
+def test_a_record_of_the_released_size_has_the_published_number_of_bytes():
+    """pipeline.md 2.4: 4 + 1024 * 72 * 72 * 2."""
+    assert StoreSpec((1024, 72, 72)).record_bytes == 10_616_836
+    assert StoreSpec((1024, 72, 72), "int8").record_bytes == 4 + 1024 * 72 * 72 + 4 * 1024
+
+
+@pytest.mark.parametrize("last_newline", [b"", b"\n"])
+def test_files_of_the_public_tool_open_when_the_shape_is_stated(tmp_path, last_newline):
+    keys = ["sa_3", "sa_1"]
+    (tmp_path / "rank0-keys.txt").write_bytes("\n".join(keys).encode() + last_newline)
+    records = [struct.pack("<i", seed) + make_embedding(key).tobytes() for seed, key in enumerate(keys)]
+    (tmp_path / "rank0-values.bin").write_bytes(b"".join(records))
+    with pytest.raises(StoreError, match="state the shape"):
+        EmbeddingStore(tmp_path)
+    store = EmbeddingStore(tmp_path, SHAPE)
+    seed, embedding = store.read("sa_1")
+    assert seed == 1 and np.array_equal(embedding, make_embedding("sa_1"))
+    with pytest.raises(StoreError, match=r"rank0-values.bin: 104 bytes, but 2 records of 100 bytes"):
+        EmbeddingStore(tmp_path, (3, 4, 4))
+
+
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_every_codec_makes_the_round_trip(tmp_path, codec):
+    spec = make_spec(codec=codec, shape=(8, 6, 6))
+    export(tmp_path, KEYS, spec)
+    with EmbeddingStore(tmp_path, (8, 6, 6)) as store:
+        assert list(store.keys()) == KEYS and len(store) == 11
+        for key in KEYS:
+            seed, embedding = store.read(key)
+            assert seed == store.read_seed(key) == zlib.crc32(key.encode()) & 0x7FFFFFFF
+            assert embedding.dtype == np.float16 and embedding.flags.writeable
+            np.testing.assert_allclose(embedding, make_embedding(key, (8, 6, 6)), atol=0 if codec == "fp16" else 0.02)
+            _, parts = store.read_raw(key)
+            on_device = store.codec.to_float({name: torch.from_numpy(part) for name, part in parts.items()})
+            assert torch.equal(on_device.half(), torch.from_numpy(embedding))
+
+
+def test_int8_batches_decode_like_single_records():
+    codec = CODECS["int8"]
+    payloads = [np.empty(codec.payload_bytes(SHAPE), np.uint8) for _ in range(2)]
+    for key, payload in zip("ab", payloads, strict=True):
+        codec.encode_into(make_embedding(key), payload)
+    parts = [codec.split(payload, SHAPE) for payload in payloads]
+    stacked = {name: torch.stack([torch.from_numpy(part[name].copy()) for part in parts]) for name in parts[0]}
+    decoded = codec.to_float(stacked)
+    for position, payload in enumerate(payloads):
+        assert np.array_equal(decoded[position].half().numpy(), codec.decode(payload, SHAPE))
+
+
+def test_distortion_is_what_the_table_promises():
+    """D-18: the cost of a smaller store is stated, also with outlier channels and an empty one."""
+    embedding = torch.randn(64, 18, 18, generator=torch.Generator().manual_seed(0))
+    embedding[3] *= 50
+    embedding[5] = 0
+    fp16, int8 = (measure_distortion(CODECS[name], embedding) for name in ("fp16", "int8"))
+    assert fp16.relative_rms < 3e-4 and fp16.min_cosine > 0.999999
+    assert 1e-3 < int8.relative_rms < 2e-2 and int8.min_cosine > 0.995
+
+
+def test_a_killed_export_ends_with_the_same_bytes(tmp_path):
+    """D-10: what was written stays, and what is missing is added in the same order."""
+    export(tmp_path / "whole", KEYS, world_size=2)
+    for stop_after in (1, 2, 1, None):
+        export(tmp_path / "resumed", KEYS, world_size=2, stop_after=stop_after)
+    assert store_bytes(tmp_path / "resumed") == store_bytes(tmp_path / "whole")
+    info = json.loads((tmp_path / "resumed" / "store.json").read_text())
+    assert len(info["phases"]) == 1
+
+
+@pytest.mark.parametrize("cut", ["values", "keys", "index"])
+@pytest.mark.parametrize("num_bytes", [1, 7, 30])
+def test_a_torn_tail_is_cut_and_made_again(tmp_path, cut, num_bytes):
+    export(tmp_path / "whole", KEYS)
+    export(tmp_path / "torn", KEYS)
+    path = getattr(RankPaths(tmp_path / "torn", 0), cut)
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - num_bytes)
+    export(tmp_path / "torn", KEYS)
+    assert store_bytes(tmp_path / "torn") == store_bytes(tmp_path / "whole")
+
+
+def test_a_tail_of_garbage_behind_the_index_is_cut(tmp_path):
+    """What a power failure can leave: bytes that were written before their index entry."""
+    export(tmp_path / "whole", KEYS)
+    export(tmp_path / "torn", KEYS, stop_after=5)
+    with open(tmp_path / "torn" / "rank0-values.bin", "ab") as file:
+        file.write(b"\0" * 70)
+    with pytest.raises(StoreError, match="longer than its index"):
+        EmbeddingStore(tmp_path / "torn")
+    export(tmp_path / "torn", KEYS)
+    assert store_bytes(tmp_path / "torn") == store_bytes(tmp_path / "whole")
+
+
+def test_records_of_zeros_in_the_tail_are_made_again(tmp_path):
+    """A file system may give a file its size before its data; the CRC of the newest records is checked on resume."""
+    export(tmp_path / "whole", KEYS)
+    export(tmp_path / "torn", KEYS)
+    with open(tmp_path / "torn" / "rank0-values.bin", "r+b") as file:
+        file.seek(-2 * make_spec().record_bytes, 2)
+        file.write(b"\0" * 2 * make_spec().record_bytes)
+    export(tmp_path / "torn", KEYS)
+    assert store_bytes(tmp_path / "torn") == store_bytes(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (3, 2)])
+def test_another_number_of_ranks_continues_without_duplicates(tmp_path, first, second):
+    """A changed world size: what is missing is dealt to the new ranks; nothing is made twice or lost."""
+    export(tmp_path, KEYS, world_size=first, stop_after=2)
+    export(tmp_path, KEYS, world_size=second, stop_after=1)
+    export(tmp_path, KEYS, world_size=second)
+    store = EmbeddingStore(tmp_path)
+    assert sorted(store.keys()) == sorted(KEYS)
+    assert not store.duplicate_keys()
+    assert all(np.array_equal(store.read(key)[1], make_embedding(key)) for key in KEYS)
+
+
+def test_added_images_are_appended(tmp_path):
+    """D-34: nothing is computed again when the data set grows."""
+    export(tmp_path, KEYS[::2])
+    begin_export(tmp_path, make_spec(), KEYS, 1, 2)
+    plan = plan_rank(tmp_path, KEYS)
+    assert [KEYS[i] for batch in plan.batches for i in batch] == KEYS[1::2]
+    export(tmp_path, KEYS)
+    assert list(EmbeddingStore(tmp_path).keys()) == KEYS[::2] + KEYS[1::2]
+    export(tmp_path, KEYS[:4], world_size=3)  # fewer images, more ranks: nothing to do
+    assert len(EmbeddingStore(tmp_path)) == len(KEYS)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_share_the_keys_exactly(tmp_path, world_size):
+    """D-31: an exact partition, no padding with duplicates."""
+    begin_export(tmp_path, make_spec(), KEYS, world_size, 2)
+    shares = [plan_rank(tmp_path, KEYS, rank, world_size) for rank in range(world_size)]
+    assert sorted(i for share in shares for batch in share.batches for i in batch) == list(range(len(KEYS)))
+    assert max(share.num_missing for share in shares) - min(share.num_missing for share in shares) <= 1
+
+
+def test_a_resumed_rank_meets_the_same_batches(tmp_path):
+    export(tmp_path, KEYS, batch_size=4, stop_after=5)
+    begin_export(tmp_path, make_spec(), KEYS, 1, 4)
+    plan = plan_rank(tmp_path, KEYS)
+    assert plan.batches == [[4, 5, 6, 7], [8, 9, 10]]
+    assert plan.done_keys == {KEYS[4]} and plan.num_missing == 6
+
+
+def test_a_reader_pickles_as_its_path_and_reads_by_key(tmp_path):
+    """D-55: workers share the mapped key table; a pickled reader carries no keys."""
+    export(tmp_path, KEYS, world_size=2)
+    store = EmbeddingStore(tmp_path)
+    store.read(KEYS[0])
+    copied = pickle.dumps(store)
+    assert len(copied) < 500
+    assert np.array_equal(pickle.loads(copied).read(KEYS[7])[1], make_embedding(KEYS[7]))
+
+
+def test_the_key_table_is_rebuilt_when_the_store_grows(tmp_path):
+    export(tmp_path, KEYS, stop_after=4)
+    assert KEYS[5] not in EmbeddingStore(tmp_path)
+    export(tmp_path, KEYS)
+    assert KEYS[5] in EmbeddingStore(tmp_path)
+    (tmp_path / "key-index.bin").write_bytes(b"damaged")
+    assert KEYS[5] in EmbeddingStore(tmp_path)
+
+
+def test_keys_are_found_exactly(tmp_path):
+    keys = ["a", "ab", "b", "A", "a b", "ü", "sa_1", "sa_10", "x" * 300]
+    export(tmp_path, keys)
+    store = EmbeddingStore(tmp_path)
+    assert all(np.array_equal(store.read(key)[1], make_embedding(key)) for key in keys)
+    assert "sa_" not in store and "sa_100" not in store and "B" not in store
+
+
+def test_missing_keys_are_named_before_training(tmp_path):
+    """D-42: coverage is checked at the start, not met as a KeyError in a worker."""
+    export(tmp_path, KEYS)
+    store = EmbeddingStore(tmp_path)
+    assert store.require_coverage(KEYS[2:5]).num_present == 3
+    with pytest.raises(StoreError, match=r"2 of 4 keys have no embedding \(first: new_1, new_2\)"):
+        store.require_coverage(["new_1", *KEYS[:2], "new_2"])
+    with pytest.raises(StoreError, match="no embedding for key 'new_1'"):
+        store.read("new_1")
