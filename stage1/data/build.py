@@ -1,0 +1,148 @@
+"""From a config to image indices, and from a dataset to a loader."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+from yacs.config import CfgNode
+
+from sam3_train.data.bad_images import BadImageLog, read_bad_images
+from sam3_train.data.image_index import ImageIndex, build_image_index
+from sam3_train.errors import UserError
+from stage1.data.sa1b_dataset import Stage1Dataset
+
+
+def image_index_from_config(data: CfgNode, split: str, bad_keys: Collection[str] = ()) -> ImageIndex:
+    """The images that a config's ``DATA`` node names.
+
+    Args:
+        data: The node (`stage1.config`).
+        split: ``train`` or ``val``.
+        bad_keys: Unreadable images, beside those of the list ``DATA.BAD_IMAGES``.
+
+    Raises:
+        UserError: As `build_image_index`.
+    """
+    listed = read_bad_images(data.BAD_IMAGES) if data.BAD_IMAGES else {}
+    if data.BAD_IMAGES and not Path(data.BAD_IMAGES).is_file():
+        raise UserError(
+            f"DATA.BAD_IMAGES: {data.BAD_IMAGES} does not exist; python -m sam3_train.data.validate makes it"
+        )
+    return build_image_index(
+        data.DATA_PATH,
+        data.DATASET,
+        split,
+        val_fraction=data.VAL_FRACTION,
+        num_samples=data.NUM_SAMPLES if split == "train" else data.VAL_NUM_SAMPLES,
+        subset=data.SUBSET if split == "train" else 1.0,
+        subset_seed=data.SUBSET_SEED,
+        bad_keys={*listed, *bad_keys},
+        cache_dir=data.INDEX_CACHE or None,
+    )
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Stack the readable items of a batch.
+
+    Returns:
+        ``key`` list of B names, ``bad`` list of (key, reason) of the others, ``seed`` int64 (B,), ``image``
+        (B, 3, S, S), and what the mode adds: ``valid`` (B, 1, G, G), ``embedding`` dict of arrays with a leading B.
+        A batch with no readable image has ``key``, ``bad`` and ``seed`` only.
+    """
+    good = [item for item in items if not item["bad"]]
+    batch: dict[str, Any] = {
+        "key": [item["key"] for item in good],
+        "bad": [(item["key"], item["bad"]) for item in items if item["bad"]],
+        "seed": torch.tensor([item["seed"] for item in good], dtype=torch.int64),
+    }
+    for name in ("image", "valid"):
+        if good and name in good[0]:
+            batch[name] = torch.stack([item[name] for item in good])
+    if good and "embedding" in good[0]:
+        batch["embedding"] = {
+            part: torch.stack([item["embedding"][part] for item in good]) for part in good[0]["embedding"]
+        }
+    return batch
+
+
+class Stage1Loader(DataLoader[dict[str, Any]]):
+    """A data loader that follows its sampler's epoch and accounts for unreadable images."""
+
+    bad_log: BadImageLog | None = None
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        epoch = getattr(self.sampler, "epoch", None)
+        if epoch is not None and isinstance(self.dataset, Stage1Dataset):
+            self.dataset.set_epoch(epoch)
+        for batch in super().__iter__():
+            if self.bad_log is not None:
+                self.bad_log.record(batch["bad"])
+                if not batch["key"]:
+                    raise UserError(
+                        f"every image of a batch is unreadable, e.g. {batch['bad'][0][1]}; list the bad ones with "
+                        "python -m sam3_train.data.validate and name the list in DATA.BAD_IMAGES"
+                    )
+            yield batch
+
+
+def build_loader(
+    dataset: Stage1Dataset,
+    sampler: Sampler[int] | Iterable[int] | None,
+    batch_size: int,
+    *,
+    num_workers: int = 8,
+    prefetch_factor: int = 2,
+    pin_memory: bool = True,
+    drop_last: bool = False,
+    bad_log: BadImageLog | None = None,
+) -> Stage1Loader:
+    """A loader whose workers live as long as it does.
+
+    Args:
+        dataset: The images.
+        sampler: Positions in order; None takes all in index order.
+        batch_size: Images per batch.
+        num_workers: Processes; 0 loads in this one.
+        prefetch_factor: Batches that each worker prepares ahead.
+        pin_memory: Page-locked batches, where there is a CUDA device.
+        drop_last: Leave an incomplete last batch out.
+        bad_log: Accounts for unreadable images: those are then left out of their batch. None leaves that to the caller,
+            who finds them under ``bad`` and may meet batches without any image.
+
+    Returns:
+        The loader; `collate` describes its batches.
+    """
+    workers: dict[str, Any] = {}
+    if num_workers > 0:
+        workers = {
+            "prefetch_factor": prefetch_factor,
+            "persistent_workers": True,
+            "worker_init_fn": _start_worker,
+            # Forked workers share the index instead of each getting a copy.
+            "multiprocessing_context": "fork" if sys.platform == "linux" else None,
+        }
+    loader = Stage1Loader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        drop_last=drop_last,
+        **workers,
+    )
+    loader.bad_log = bad_log
+    return loader
+
+
+def _start_worker(worker_id: int) -> None:
+    torch.set_num_threads(1)
+    # A run that is told to stop saves first, and still needs its workers for that; they end when it does.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,116 @@
+"""What stage 1 reads: photos, and the teacher's embeddings of them.
+
+No annotation is opened: the trunk is distilled from images alone.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from sam3.preprocess import Preprocess, to_rgb_uint8
+from sam3_train.data.augmentation import AugmentSpec, seed_of_key, view_of_seed
+from sam3_train.data.decode import UnreadableImageError
+from sam3_train.data.image_index import ImageIndex
+
+MODES = ("export", "train", "online")
+
+
+class EmbeddingReader(Protocol):
+    """What the dataset needs of `sam3_train.embeddings.EmbeddingStore`."""
+
+    def read_raw(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
+        """A record's seed, and its payload as named arrays of the stored types."""
+
+
+class Stage1Dataset(Dataset[dict[str, Any]]):
+    """Photos of an index as model inputs.
+
+    Every item is a function of the index position, the run's seed and (mode ``online``) the epoch; no global random
+    state is read. An item has
+
+    - ``key``: the image's name; ``bad``: why it cannot be read. If that is not empty, nothing else is there;
+    - ``image``: float32, (3, S, S), made by the preprocessing;
+    - ``seed``: the 4-byte seed of the view (mode ``export``: to be stored with the embedding);
+    - ``valid`` (modes ``train`` and ``online``): float32, (1, G, G), 1 inside the image and 0 in its padding;
+    - ``embedding`` (mode ``train``): the record's arrays in their stored types; decode them on the device with
+      ``store.spec.codec_object.to_float``.
+
+    Args:
+        index: The images.
+        preprocess: Pixels to tensor.
+        mode: ``export`` (teacher), ``train`` (student with stored embeddings) or ``online`` (student, teacher in the
+            loop).
+        grid_size: Side of the feature grid, for ``valid``.
+        store: Embeddings, in mode ``train``.
+        augment: Views to draw; None shows the whole image. In mode ``train`` this must be the store's own.
+        seed: Seed of the views that modes ``export`` and ``online`` draw.
+
+    Raises:
+        ValueError: If the mode is unknown, or a store is missing or superfluous.
+    """
+
+    def __init__(
+        self,
+        index: ImageIndex,
+        preprocess: Preprocess,
+        mode: str,
+        grid_size: int,
+        *,
+        store: EmbeddingReader | None = None,
+        augment: AugmentSpec | None = None,
+        seed: int = 0,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"dataset mode {mode!r} is not one of {MODES}")
+        if (store is not None) != (mode == "train"):
+            raise ValueError(f"mode {mode!r} {'needs a' if mode == 'train' else 'takes no'} store")
+        self.index = index
+        self.preprocess = preprocess
+        self.mode = mode
+        self.grid_size = grid_size
+        self.store = store
+        self.augment = augment
+        self.seed = seed
+        # Shared memory, because persistent workers keep the copy of the dataset that they were started with.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose views mode ``online`` draws."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, in this process and in workers that are already running."""
+        self._epoch.fill_(epoch)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        key = self.index.key(position)
+        item: dict[str, Any] = {"key": key, "bad": ""}
+        try:
+            image = self.index.open_image(position)
+        except UnreadableImageError as error:
+            return {"key": key, "bad": str(error)}
+        if self.store is not None:
+            seed, parts = self.store.read_raw(key)
+            item["embedding"] = {name: torch.from_numpy(np.array(part)) for name, part in parts.items()}
+        else:
+            seed = seed_of_key(self.seed, key, self.epoch if self.mode == "online" else 0)
+        pixels = view_of_seed(self.augment, seed).apply(to_rgb_uint8(image))
+        item["image"] = self.preprocess(pixels)
+        item["seed"] = seed
+        if self.mode != "export":
+            item["valid"] = self._valid_mask((pixels.shape[-2], pixels.shape[-1]))
+        return item
+
+    def _valid_mask(self, original_hw: tuple[int, int]) -> Tensor:
+        if self.preprocess.mode == "stretch":
+            return torch.ones(1, self.grid_size, self.grid_size)
+        return self.preprocess.build_valid_mask(original_hw, self.grid_size)
