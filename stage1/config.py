@@ -50,11 +50,6 @@ def _data_defaults() -> CfgNode:
     data.MAX_BAD_FRACTION = 0.001  # share of unreadable images that a run skips and reports; beyond it the run ends
     data.INDEX_CACHE = ""  # sa1b_tar: folder for the tars' offset tables; empty: beside the tars
     data.VAL_FRACTION = 0.05  # share of a data set without a val split that is held out, by hash of the name
-    data.SUBSET = 1.0  # share of the training images to use, chosen by hash of the name
-    data.SUBSET_SEED = 0  # another seed chooses another subset
-    data.INDEX_CACHE = ""  # where offset tables of tars are kept; empty: beside the tars
-    data.BAD_IMAGES = ""  # list of unreadable images to leave out, made by python -m sam3_train.data.validate
-    data.MAX_BAD_FRACTION = 0.001  # unreadable images that a run tolerates, as a share of the data set
     data.PREPROCESS = CfgNode()  # pixels -> tensor; the side is the model preset's image size
     data.PREPROCESS.MODE = "stretch"  # stretch (what SAM 3 does) | letterbox
     data.PREPROCESS.MEAN = [0.5, 0.5, 0.5]  # R, G, B for pixel values in 0..1

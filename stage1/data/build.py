@@ -53,8 +53,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``key`` list of B names, ``bad`` list of (key, reason) of the others, ``seed`` int64 (B,), ``image``
         (B, 3, S, S), and what the mode adds: ``valid`` (B, 1, G, G), ``embedding`` dict of arrays with a leading B.
-        A batch with no readable image has ``key``, ``bad`` and ``seed`` only.
+        A batch with no readable image has ``key``, ``bad`` and ``seed`` only; one with an error that ends the run
+        has ``error``.
     """
+    errors = [item["error"] for item in items if "error" in item]
+    if errors:
+        return {"error": errors[0]}
     good = [item for item in items if not item["bad"]]
     batch: dict[str, Any] = {
         "key": [item["key"] for item in good],
@@ -81,6 +85,8 @@ class Stage1Loader(DataLoader[dict[str, Any]]):
         if epoch is not None and isinstance(self.dataset, Stage1Dataset):
             self.dataset.set_epoch(epoch)
         for batch in super().__iter__():
+            if "error" in batch:
+                raise UserError(batch["error"])
             if self.bad_log is not None:
                 self.bad_log.record(batch["bad"])
                 if not batch["key"]:

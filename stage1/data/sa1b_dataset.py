@@ -16,6 +16,7 @@ from sam3.preprocess import Preprocess, to_rgb_uint8
 from sam3_train.data.augmentation import AugmentSpec, seed_of_key, view_of_seed
 from sam3_train.data.decode import UnreadableImageError
 from sam3_train.data.image_index import ImageIndex
+from sam3_train.errors import UserError
 
 MODES = ("export", "train", "online")
 
@@ -33,7 +34,8 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
     Every item is a function of the index position, the run's seed and (mode ``online``) the epoch; no global random
     state is read. An item has
 
-    - ``key``: the image's name; ``bad``: why it cannot be read. If that is not empty, nothing else is there;
+    - ``key``: the image's name; ``bad``: why it cannot be read. If that is not empty, nothing else is there; nor if
+      there is an ``error``: what ends the run, such as a damaged embedding;
     - ``image``: float32, (3, S, S), made by the preprocessing;
     - ``seed``: the 4-byte seed of the view (mode ``export``: to be stored with the embedding);
     - ``valid`` (modes ``train`` and ``online``): float32, (1, G, G), 1 inside the image and 0 in its padding;
@@ -92,6 +94,13 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
+        try:
+            return self._load(position)
+        except UserError as error:
+            # A worker's exception would reach the user wrapped in tracebacks; the loader raises this in the main process.
+            return {"key": self.index.key(position), "bad": "", "error": str(error)}
+
+    def _load(self, position: int) -> dict[str, Any]:
         key = self.index.key(position)
         item: dict[str, Any] = {"key": key, "bad": ""}
         try:
@@ -100,7 +109,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             return {"key": key, "bad": str(error)}
         if self.store is not None:
             seed, parts = self.store.read_raw(key)
-            item["embedding"] = {name: torch.from_numpy(np.array(part)) for name, part in parts.items()}
+            item["embedding"] = {name: torch.from_numpy(part) for name, part in parts.items()}
         else:
             seed = seed_of_key(self.seed, key, self.epoch if self.mode == "online" else 0)
         pixels = view_of_seed(self.augment, seed).apply(to_rgb_uint8(image))
