@@ -1,0 +1,344 @@
+"""Training checkpoints: written whole or not at all, verified, found again through a pointer, loaded strictly.
+
+A run's folder holds::
+
+    ckpt_epoch_3.pth       after epoch 3 (zero-based) and its validation
+    ckpt_step_00001200.pth inside an epoch, after 1200 optimizer steps
+    best.pth               the epoch with the best validation metric (a hard link where the file system has them)
+    last.json              pointer: the newest verified files with their SHA-256, newest first
+
+Only ``last.json`` decides what a run continues from; other ``*.pth`` files in the folder are never looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam3_train.errors import UserError
+from sam3_train.rng import load_rng_state_dict, rng_state_dict
+
+__all__ = [
+    "CheckpointManager",
+    "load_checkpoint",
+    "load_rng_state_dict",
+    "load_strict",
+    "rng_state_dict",
+    "save_checkpoint",
+    "state_dict_sha256",
+]
+
+POINTER_NAME = "last.json"
+BEST_NAME = "best.pth"
+
+
+def save_checkpoint(path: str | Path, state: dict[str, Any]) -> str:
+    """Write a checkpoint so that the file is either complete or absent, also after a power cut.
+
+    Args:
+        path: Target; its folder must exist. An existing file is replaced only by a complete one.
+        state: Plain types and tensors only (tensors are stored on the CPU).
+
+    Returns:
+        SHA-256 of the file, read back from the disk.
+
+    Raises:
+        UserError: If it cannot be written (disk full, no permission); the old file is untouched.
+        TypeError: If ``state`` holds anything else than plain types and tensors.
+    """
+    path = Path(path)
+    plain = _plain_state(state, "checkpoint")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(aside, "wb") as file:
+            writer = _HashingWriter(file)
+            torch.save(plain, writer)  # type: ignore[arg-type]
+            file.flush()
+            os.fsync(file.fileno())
+        written = writer.digest.hexdigest()
+        if _file_sha256(aside) != written:
+            raise OSError("what was read back differs from what was written")
+        os.replace(aside, path)
+        _fsync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write checkpoint {path}: {error}. Free some space or choose another --output; "
+            "earlier checkpoints are untouched."
+        ) from error
+    return written
+
+
+def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+    """Read a checkpoint of `save_checkpoint`; nothing in the file can run code.
+
+    Raises:
+        UserError: If the file is missing, damaged or not a checkpoint.
+    """
+    try:
+        state = torch.load(path, map_location=map_location, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot read checkpoint {path}: it is damaged or not a training checkpoint ({reason})"
+        ) from None
+    if not isinstance(state, dict):
+        raise UserError(f"{path} is not a training checkpoint: it holds a {type(state).__name__}")
+    return state
+
+
+def load_strict(
+    module: nn.Module, state_dict: Mapping[str, Tensor], what: str, allow_missing: Sequence[str] = ()
+) -> None:
+    """Load weights, refusing every difference in names or shapes that is not listed.
+
+    Args:
+        module: Receives the weights; untouched if anything differs.
+        state_dict: Name to tensor.
+        what: What the weights are and where from, for the message.
+        allow_missing: Exact names that may be absent.
+
+    Raises:
+        UserError: If keys are missing or unexpected or shapes differ; the message counts them and names the first.
+    """
+    own = module.state_dict()
+    missing = [key for key in own if key not in state_dict and key not in allow_missing]
+    unexpected = [key for key in state_dict if key not in own]
+    shapes = [
+        f"{key}: {tuple(state_dict[key].shape)} in the file, {tuple(own[key].shape)} in the model"
+        for key in own
+        if key in state_dict and state_dict[key].shape != own[key].shape
+    ]
+    problems = [
+        f"{len(found)} {kind}, first {', '.join(found[:3])}"
+        for kind, found in (("missing", missing), ("unexpected", unexpected), ("of another shape", shapes))
+        if found
+    ]
+    if problems:
+        raise UserError(f"{what} does not fit {type(module).__name__} ({len(own)} keys): " + "; ".join(problems))
+    module.load_state_dict(dict(state_dict), strict=not allow_missing)
+
+
+def state_dict_sha256(state_dict: Mapping[str, Tensor]) -> str:
+    """Hash of names, dtypes, shapes and bytes of tensors, independent of their order and device."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        tensor = state_dict[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        if tensor.numel():
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class CheckpointManager:
+    """The checkpoints of one run's folder. Used by one process, the main one.
+
+    Args:
+        folder: The run's folder; made if missing.
+        keep_last: How many of the newest checkpoints to keep (at least 2, so that there is one to fall back on).
+        keep_every: Also keep every n-th epoch's; 0 for none.
+        warn: Called with one line about each damaged checkpoint.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        warn: Callable[[str], None] = print,
+    ) -> None:
+        self.folder = Path(folder)
+        self.keep_last = max(2, keep_last)
+        self.keep_every = keep_every
+        self._warn = warn
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._records: list[dict[str, Any]] = self._read_pointer()
+
+    @property
+    def newest(self) -> dict[str, Any] | None:
+        """The newest record (``file``, ``sha256``, ``bytes``, ``epoch``, ``step``), or None before the first save."""
+        return self._records[0] if self._records else None
+
+    def save_epoch(self, state: dict[str, Any], epoch: int, step: int, is_best: bool = False) -> Path:
+        """Write ``ckpt_epoch_<epoch>.pth`` (zero-based), point to it, and apply retention."""
+        return self._save(f"ckpt_epoch_{epoch}.pth", state, epoch, step, is_best)
+
+    def save_step(self, state: dict[str, Any], epoch: int, step: int) -> Path:
+        """Write a checkpoint inside an epoch, point to it, and apply retention."""
+        return self._save(f"ckpt_step_{step:08d}.pth", state, epoch, step, False)
+
+    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Load the newest checkpoint whose content is what was written; fall back to older ones with a warning.
+
+        Returns:
+            Path and content, or None if this folder holds no run yet.
+
+        Raises:
+            UserError: If there are checkpoints but all are damaged: a run never restarts from nothing by itself.
+        """
+        damaged = []
+        for record in list(self._records):
+            path = self.folder / record["file"]
+            problem = _content_problem(path, record)
+            if problem is None:
+                # What is behind a damaged newest checkpoint is what the run continues from.
+                self._records = self._records[self._records.index(record) :]
+                return path, load_checkpoint(path)
+            damaged.append(f"{path}: {problem}")
+            self._warn(f"warning: checkpoint {damaged[-1]}; trying the one before")
+        if damaged:
+            raise UserError.from_problems(
+                f"no checkpoint in {self.folder} can be used; name one with --resume, or choose another --output to "
+                "start again",
+                damaged,
+            )
+        return None
+
+    def forget(self) -> None:
+        """Drop the pointer's records (a run that continues from elsewhere starts its own history)."""
+        self._records = []
+
+    def _save(self, name: str, state: dict[str, Any], epoch: int, step: int, is_best: bool) -> Path:
+        path = self.folder / name
+        sha256 = save_checkpoint(path, state)
+        record = {"file": name, "sha256": sha256, "bytes": path.stat().st_size, "epoch": epoch, "step": step}
+        record["best"] = is_best
+        if is_best:
+            _link_or_copy(path, self.folder / BEST_NAME)
+            for other in self._records:
+                other["best"] = False
+        old = [other for other in self._records if other["file"] != name]
+        keep = [record, *(other for i, other in enumerate(old) if self._keeps(other, i + 1))]
+        self._write_pointer(keep)
+        self._records = keep
+        for other in old:
+            if other not in keep:
+                (self.folder / other["file"]).unlink(missing_ok=True)
+        return path
+
+    def _keeps(self, record: dict[str, Any], age: int) -> bool:
+        is_epoch = record["file"].startswith("ckpt_epoch_")
+        nth = bool(self.keep_every) and is_epoch and (record["epoch"] + 1) % self.keep_every == 0
+        return age < self.keep_last or nth or bool(record.get("best"))
+
+    def _read_pointer(self) -> list[dict[str, Any]]:
+        path = self.folder / POINTER_NAME
+        try:
+            records = json.loads(path.read_text())["checkpoints"]
+            return [dict(r) for r in records if {"file", "sha256", "bytes", "epoch", "step"} <= set(r)]
+        except FileNotFoundError:
+            return []
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise UserError(
+                f"{path} cannot be read ({error}); name a checkpoint with --resume after removing it, or choose "
+                "another --output"
+            ) from None
+
+    def _write_pointer(self, records: list[dict[str, Any]]) -> None:
+        path = self.folder / POINTER_NAME
+        aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(aside, "w", encoding="utf-8") as file:
+                json.dump({"format_version": 1, "checkpoints": records}, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+            _fsync_folder(self.folder)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error}. Free some space or choose another --output.") from error
+
+
+class _HashingWriter:
+    """A file object for torch.save that hashes what passes through."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _plain_state(value: Any, where: str) -> Any:
+    """``value`` with tensors detached on the CPU; raises TypeError where it is not a plain type."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous() if not isinstance(value, nn.Parameter) else value.data.cpu()
+    if isinstance(value, Mapping):
+        return {_plain_key(key, where): _plain_state(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = (_plain_state(item, f"{where}[{i}]") for i, item in enumerate(value))
+        return list(items) if isinstance(value, list) else tuple(items)
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds plain types and tensors only")
+
+
+def _plain_key(key: Any, where: str) -> Any:
+    if type(key) in (str, int):
+        return key
+    raise TypeError(f"{where} has a key of type {type(key).__name__}: use str or int")
+
+
+def _content_problem(path: Path, record: Mapping[str, Any]) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != record["bytes"]:
+            return f"has {size} bytes instead of {record['bytes']}"
+        if _file_sha256(path) != record["sha256"]:
+            return "content differs from what was written (SHA-256)"
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _file_sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in _blocks(file):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _blocks(file: Any) -> Iterable[bytes]:
+    while block := file.read(1 << 20):
+        yield block
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    aside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    aside.unlink(missing_ok=True)
+    try:
+        os.link(source, aside)
+    except OSError:
+        shutil.copyfile(source, aside)
+    os.replace(aside, target)
+    _fsync_folder(target.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    # Windows cannot open a folder; there the rename itself is as durable as it gets.
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,360 @@
+"""Settings: YAML with BASE inheritance and ``--opts`` pairs -> a yacs CfgNode, checked against typed defaults.
+
+A stage writes its defaults once as a CfgNode (starting from `training_defaults`) and calls `load_config`. Every key
+that a file or ``--opts`` sets must exist in the defaults and have the default's type: a typo is an error that names
+the nearest keys. Precedence: BASE files first, then the file, then ``--opts``, then dedicated flags (`apply_flags`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import datetime
+import difflib
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from sam3_train.errors import UserError
+
+
+def load_config(defaults: CfgNode, cfg_file: str | Path | None, opts: Sequence[str] = ()) -> CfgNode:
+    """Read a config file over defaults.
+
+    Args:
+        defaults: All known keys with their default values; not modified.
+        cfg_file: YAML file; its ``BASE`` (a path or a list of paths, relative to the file itself) is read first.
+            None reads no file.
+        opts: Alternating dotted keys and values, e.g. ``["TRAIN.EPOCHS", "3"]``; values are Python literals or text.
+
+    Returns:
+        A copy of the defaults with the settings applied.
+
+    Raises:
+        UserError: If a file is missing or not YAML, a key is unknown, or a value has the wrong type. All problems are
+            reported at once.
+    """
+    cfg = defaults.clone()
+    cfg.defrost()
+    problems: list[str] = []
+    if cfg_file is not None:
+        for path, settings in _read_with_bases(Path(cfg_file), ()):
+            for key, value in _leaves(settings):
+                _set(cfg, key, value, str(path), problems)
+    if len(opts) % 2:
+        problems.append(f"--opts: expected KEY VALUE pairs, got an odd number of words: {' '.join(map(str, opts))}")
+    for key, text in zip(opts[::2], opts[1::2], strict=False):
+        _set(cfg, key, _literal(text), "--opts", problems, text)
+    if problems:
+        raise UserError.from_problems("config", problems)
+    return cfg
+
+
+def set_key(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    """Set one dotted key with the checks of `load_config`; ``source`` names the flag or file in the error."""
+    problems: list[str] = []
+    _set(cfg, key, value, source, problems)
+    if problems:
+        raise UserError.from_problems("config", problems)
+
+
+def config_to_dict(cfg: CfgNode) -> dict[str, Any]:
+    """The config as plain dicts, lists and scalars."""
+    return {key: config_to_dict(value) if isinstance(value, CfgNode) else _plain(value) for key, value in cfg.items()}
+
+
+def training_defaults() -> CfgNode:
+    """The settings that the loop itself reads; a stage adds its own nodes (DATA, MODEL, DISTILL, ...).
+
+    Returns:
+        A new CfgNode; see `sam3_train.loop.fit` for what each does.
+    """
+    return CfgNode(
+        {
+            "OUTPUT": "",
+            "SEED": 0,
+            "PRINT_FREQ": 10,
+            "SAVE_FREQ": 1,
+            "AMP_ENABLE": True,
+            "AMP_DTYPE": "auto",
+            "DETERMINISTIC": False,
+            "TRAIN": {
+                "EPOCHS": 50,
+                "MAX_STEPS": 0,
+                "ACCUMULATION_STEPS": 1,
+                "BASE_LR": 1e-3,
+                "WARMUP_LR": 1e-6,
+                "MIN_LR": 1e-5,
+                "WARMUP_EPOCHS": 5.0,
+                "LR_SCALING": "none",
+                "LR_REFERENCE_BATCH": 512,
+                "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30.0, "DECAY_RATE": 0.1},
+                "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
+                "WEIGHT_DECAY": 0.01,
+                "CLIP_GRAD": 5.0,
+                "EMA_DECAY": 0.0,
+                "EVAL_BN_WHEN_TRAINING": False,
+                "USE_SYNC_BN": False,
+                "FIND_UNUSED_PARAMETERS": False,
+                "MAX_NONFINITE_STEPS": 20,
+                "REPLICA_CHECK_STEPS": 500,
+                "AUTO_RESUME": True,
+                "SAVE_EVERY_STEPS": 0,
+                "SAVE_EVERY_MINUTES": 15.0,
+                "KEEP_LAST": 2,
+                "KEEP_EVERY": 0,
+            },
+        }
+    )
+
+
+def add_common_args(parser: argparse.ArgumentParser, cfg_required: bool = True) -> argparse.ArgumentParser:
+    """Add the flags that every entry point has; `apply_flags` writes them into the config.
+
+    Flags have no defaults of their own, so that what a YAML file says holds unless the flag is given.
+    """
+    parser.add_argument("--cfg", required=cfg_required, metavar="FILE", help="YAML config")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override any config key")
+    parser.add_argument("--data-path", metavar="DIR", help="DATA.DATA_PATH")
+    parser.add_argument("--output", metavar="DIR", help="OUTPUT: the run's own folder")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="DATA.BATCH_SIZE: images per process and step")
+    parser.add_argument("--resume", metavar="FILE", help="continue from this training checkpoint")
+    parser.add_argument("--pretrained", metavar="FILE", help="start from these weights")
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda or mps; default: the best there is")
+    parser.add_argument("--seed", type=int, metavar="N", help="SEED")
+    parser.add_argument("--max-steps", type=int, metavar="N", help="TRAIN.MAX_STEPS: stop after N optimizer steps")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the plan, compute nothing")
+    return parser
+
+
+_FLAG_KEYS = {
+    "data_path": "DATA.DATA_PATH",
+    "output": "OUTPUT",
+    "batch_size": "DATA.BATCH_SIZE",
+    "resume": "MODEL.RESUME",
+    "pretrained": "MODEL.PRETRAINED",
+    "seed": "SEED",
+    "max_steps": "TRAIN.MAX_STEPS",
+}
+
+
+def apply_flags(cfg: CfgNode, args: argparse.Namespace) -> None:
+    """Write the flags of `add_common_args` that were given into the config.
+
+    Raises:
+        UserError: If a given flag's key does not exist in this config.
+    """
+    for flag, key in _FLAG_KEYS.items():
+        value = getattr(args, flag, None)
+        if value is not None:
+            set_key(cfg, key, value, "--" + flag.replace("_", "-"))
+
+
+def environment_record() -> dict[str, Any]:
+    """What a later reader needs to repeat a run: command, time, versions, git state, host."""
+    names = ("torch", "torchvision", "timm", "numpy", "pillow", "efficientsam3", "tensorboard", "pycocotools")
+    return {
+        "command": sys.argv,
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "versions": package_versions(names),
+        "git": git_state(Path(__file__).resolve().parent),
+    }
+
+
+def package_versions(names: Sequence[str]) -> dict[str, str]:
+    """Installed versions of those packages that are there."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether files differ from it; None outside a git checkout or without git."""
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
+        )
+        status = subprocess.run(
+            ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode or status.returncode:
+        return None
+    return {"commit": commit.stdout.strip(), "modified": bool(status.stdout.strip())}
+
+
+def write_run_record(output: str | Path, cfg: CfgNode, extra: dict[str, Any] | None = None) -> Path:
+    """Write ``config.json``: the whole config, the environment, and what the caller adds.
+
+    A resumed run replaces the file, keeping the earlier records under ``previous``.
+
+    Args:
+        output: The run's folder; made if missing.
+        cfg: The final config.
+        extra: Plain values, e.g. world size, number of images, model description.
+
+    Returns:
+        Path of the file.
+    """
+    path = Path(output) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"config": config_to_dict(cfg), "environment": environment_record(), **(extra or {})}
+    if path.exists():
+        try:
+            old = json.loads(path.read_text())
+        except ValueError:
+            old = {}
+        if isinstance(old, dict) and old:
+            previous = old.pop("previous", [])
+            record["previous"] = [*previous, old]
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside.write_text(json.dumps(record, indent=2, default=str) + "\n")
+    os.replace(aside, path)
+    return path
+
+
+def config_changes(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key to (mine, theirs) for each leaf that differs between two plain configs."""
+    changes: dict[str, tuple[Any, Any]] = {}
+    for key in sorted({*mine, *theirs}):
+        a, b, name = mine.get(key), theirs.get(key), f"{prefix}{key}"
+        if isinstance(a, dict) and isinstance(b, dict):
+            changes.update(config_changes(a, b, name + "."))
+        elif a != b:
+            changes[name] = (a, b)
+    return changes
+
+
+def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The file and what it inherits from, base first."""
+    real = path.resolve()
+    if real in chain:
+        raise UserError(f"config: {path} inherits from itself: {' -> '.join(p.name for p in (*chain, real))}")
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        by = f" (BASE of {chain[-1]})" if chain else ""
+        raise UserError(f"config: there is no file {path}{by}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"config: {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"config: {path} must hold KEY: value settings, got {type(settings).__name__}")
+    bases = settings.pop("BASE", None) or []
+    for base in [bases] if isinstance(bases, str) else bases:
+        if base:
+            yield from _read_with_bases(path.parent / str(base), (*chain, real))
+    yield path, settings
+
+
+def _leaves(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _known_keys(cfg: CfgNode, prefix: str = "") -> Iterator[str]:
+    for key, value in cfg.items():
+        if isinstance(value, CfgNode):
+            yield from _known_keys(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _set(cfg: CfgNode, key: str, value: Any, source: str, problems: list[str], text: str | None = None) -> None:
+    known = list(_known_keys(cfg))
+    if key not in known:
+        problems.append(f"{source}: unknown key {key!r}{_suggestion(key, known)}")
+        return
+    node = cfg
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        node = node[parent]
+    if isinstance(node[leaf], str) and isinstance(text, str) and not isinstance(value, str):
+        value = text  # a version such as 1.10 must not become 1.1 on its way through a number
+    try:
+        node[leaf] = _coerced(value, node[leaf])
+    except TypeError:
+        expected = type(node[leaf]).__name__
+        problems.append(f"{source}: {key} must be of type {expected} (default {node[leaf]!r}), got {value!r}")
+
+
+def _suggestion(key: str, known: Sequence[str]) -> str:
+    by_leaf = [name for name in known if name.rsplit(".", 1)[-1].lower() == key.rsplit(".", 1)[-1].lower()]
+    by_case = [name for name in known if name.lower() == key.lower()]
+    near = list(dict.fromkeys(by_case + by_leaf + difflib.get_close_matches(key, known, n=3, cutoff=0.6)))[:3]
+    group = key.split(".", 1)[0] + "."
+    if not near:
+        near = [name for name in known if name.startswith(group)][:12]
+    return (
+        f"; did you mean {' or '.join(near)}?"
+        if near
+        else f"; known groups: {sorted({k.split('.')[0] for k in known})}"
+    )
+
+
+def _coerced(value: Any, default: Any) -> Any:
+    """``value`` in the type of ``default``; raises TypeError if that would change its meaning."""
+    if default is None:
+        return value
+    if isinstance(default, bool) or isinstance(value, bool):
+        if isinstance(value, type(default)) and isinstance(default, bool):
+            return value
+        raise TypeError
+    if isinstance(default, float):
+        # YAML 1.1 reads 1e-3 (without a dot) as text.
+        if isinstance(value, (int, float)):
+            return float(value)
+        if isinstance(value, str):
+            try:
+                return float(value)
+            except ValueError:
+                raise TypeError from None
+    if isinstance(default, (list, tuple)) and isinstance(value, (list, tuple)):
+        inner = default[0] if default else None
+        return [_coerced(item, inner) for item in value]
+    if isinstance(default, str) and (value is None or isinstance(value, (int, float))):
+        return "" if value is None else str(value)
+    if type(value) is not type(default):
+        raise TypeError
+    return value
+
+
+def _literal(text: Any) -> Any:
+    if not isinstance(text, str) or not text.strip():
+        return text
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        pass
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
