@@ -1,0 +1,114 @@
+"""The frozen teacher of stage 1: SAM 3's image trunk and nothing else.
+
+Used by the export, by ``--check-saved-embed`` and by training without a store (``DISTILL.ONLINE_TEACHER``). The text
+encoder, necks and decoders are never built: 446 M parameters of the released 860 M.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from sam3.config import Sam3Config
+from sam3.preprocess import Preprocess
+from sam3_train.checkpoint import state_dict_sha256
+from sam3_train.errors import UserError
+from stage1.config import preprocess_config, teacher_config
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def teacher_precision(cfg: CfgNode, device: torch.device) -> str:
+    """Name of the precision of the teacher's forward: bf16 on CUDA unless the config says otherwise, fp32 elsewhere.
+
+    Raises:
+        UserError: If ``AMP_DTYPE`` is unknown.
+    """
+    if cfg.AMP_DTYPE not in ("auto", *PRECISIONS):
+        raise UserError(f"AMP_DTYPE {cfg.AMP_DTYPE!r} is not one of auto, {', '.join(PRECISIONS)}")
+    if device.type != "cuda" or not cfg.AMP_ENABLE:
+        return "fp32"
+    # SAM 3 was trained in bf16; in fp16 its trunk can overflow.
+    return "bf16" if cfg.AMP_DTYPE == "auto" else cfg.AMP_DTYPE
+
+
+class Teacher:
+    """A trunk in eval mode whose parameters take no gradient.
+
+    Not an nn.Module on purpose: a task that holds one neither trains, nor saves, nor synchronises it.
+
+    Args:
+        trunk: Images (B, 3, S, S) -> list of one feature map (B, C, G, G).
+        config: The model it is part of.
+        preprocess: What it expects of its images.
+        device: Where it is.
+        precision: A name in `PRECISIONS`; other than fp32 the forward runs under autocast.
+    """
+
+    def __init__(
+        self,
+        trunk: nn.Module,
+        config: Sam3Config,
+        preprocess: Preprocess,
+        device: torch.device,
+        precision: str = "fp32",
+    ) -> None:
+        self.trunk = trunk.to(device).eval().requires_grad_(False)
+        self.config = config
+        self.preprocess = preprocess
+        self.device = device
+        self.precision = precision
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, device: torch.device) -> Teacher:
+        """Build the trunk of ``MODEL.PRESET`` with the weights of ``MODEL.SAM3_CHECKPOINT``.
+
+        Raises:
+            UserError: If a setting is impossible.
+            CheckpointError: If the file is missing, damaged or of another model.
+        """
+        from sam3.model_builder import build_sam3_trunk
+
+        config = teacher_config(cfg)
+        if not cfg.MODEL.SAM3_CHECKPOINT and config.name != "sam3":
+            raise UserError(
+                f"MODEL.SAM3_CHECKPOINT is empty: only the preset sam3 has a file on the hub, not {config.name!r}; name "
+                "the teacher's checkpoint, e.g. data/demo/tiny_teacher.safetensors"
+            )
+        precision = teacher_precision(cfg, device)
+        trunk = build_sam3_trunk(cfg.MODEL.SAM3_CHECKPOINT or None, config=config, device=device)
+        return cls(trunk, config, preprocess_config(cfg), device, precision)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of preprocessed images.
+
+        Args:
+            images: float32, (B, 3, S, S), on any device.
+
+        Returns:
+            float32, (B, C, G, G), on the teacher's device; values in the precision of the forward.
+        """
+        images = images.to(self.device, non_blocking=True)
+        with self._autocast():
+            features = self.trunk(images)[-1]
+        return features.float()
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hash of the trunk's parameters as loaded, whatever file they came from; buffers are recomputed, not hashed."""
+        return state_dict_sha256(dict(self.trunk.named_parameters()))
+
+    @property
+    def description(self) -> dict[str, str]:
+        """What an embedding store records about the teacher."""
+        return {"name": self.config.name, "sha256": self.sha256, "precision": self.precision}
