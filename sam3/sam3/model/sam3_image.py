@@ -1,0 +1,68 @@
+"""The image model: backbone and, on request, the interactive predictor with the SAM heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sam3.config import Sam3Config
+from sam3.model.vl_backbone import SAM3VLBackbone
+from sam3.preprocess import Preprocess
+from sam3.sam.heads import SamFeatures, SamHeads
+from sam3.sam.interactive_predictor import SAM3InteractiveImagePredictor
+
+
+class Sam3Image(nn.Module):
+    """SAM 3 for single images.
+
+    Attributes:
+        config: Sizes of every component.
+        preprocess: How an image becomes the model's input.
+        backbone: ``backbone.vision_backbone.{trunk, convs, sam2_convs}``.
+        inst_interactive_predictor: Masks from clicks and boxes, or None. Its ``model`` is the `SamHeads`.
+    """
+
+    def __init__(
+        self, config: Sam3Config, backbone: SAM3VLBackbone, preprocess: Preprocess, heads: SamHeads | None = None
+    ) -> None:
+        """
+        Raises:
+            ValueError: If ``preprocess`` makes another image size than the model takes.
+        """
+        super().__init__()
+        if preprocess.size_px != config.image_size_px:
+            raise ValueError(
+                f"preprocessing makes images of {preprocess.size_px} px, the model {config.name!r} takes "
+                f"{config.image_size_px} px: set Preprocess(size_px={config.image_size_px})"
+            )
+        self.config = config
+        self.preprocess = preprocess
+        self.backbone = backbone
+        self.inst_interactive_predictor: SAM3InteractiveImagePredictor | None = None
+        if heads is not None:
+            self.inst_interactive_predictor = SAM3InteractiveImagePredictor(heads, self.image_features, preprocess)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def heads(self) -> SamHeads:
+        """The SAM heads.
+
+        Raises:
+            ValueError: If the model was built without them.
+        """
+        if self.inst_interactive_predictor is None:
+            raise ValueError("this model has no SAM heads: build it with enable_inst_interactivity=True")
+        return self.inst_interactive_predictor.model
+
+    def image_features(self, images: Tensor) -> SamFeatures:
+        """What the SAM heads read of a batch of images; differentiable, and without the detector's neck.
+
+        Args:
+            images: Preprocessed images, (N, 3, S, S).
+        """
+        backbone_out = self.backbone.forward_image(images, need_detector=False)
+        return self.heads.image_features(backbone_out["sam2_backbone_out"])
