@@ -76,8 +76,8 @@ class Teacher:
         config = teacher_config(cfg)
         if not cfg.MODEL.SAM3_CHECKPOINT and config.name != "sam3":
             raise UserError(
-                f"MODEL.SAM3_CHECKPOINT is empty: only the preset sam3 has a file on the hub, not {config.name!r}; name "
-                "the teacher's checkpoint, e.g. data/demo/tiny_teacher.safetensors"
+                f"MODEL.SAM3_CHECKPOINT is empty: only the preset sam3 has a file on the hub, not {config.name!r}; "
+                "name the teacher's checkpoint, e.g. data/demo/tiny_teacher.safetensors"
             )
         precision = teacher_precision(cfg, device)
         trunk = build_sam3_trunk(cfg.MODEL.SAM3_CHECKPOINT or None, config=config, device=device)
@@ -105,7 +105,7 @@ class Teacher:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the trunk's parameters as loaded, whatever file they came from; buffers are recomputed, not hashed."""
+        """Hash of the trunk's parameters as loaded, whatever file they came from; buffers are recomputed, so left out."""
         return state_dict_sha256(dict(self.trunk.named_parameters()))
 
     @property
