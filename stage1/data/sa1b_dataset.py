@@ -97,7 +97,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         try:
             return self._load(position)
         except UserError as error:
-            # A worker's exception would reach the user wrapped in tracebacks; the loader raises this in the main process.
+            # A worker's exception would reach the user wrapped in tracebacks; the loader raises this instead.
             return {"key": self.index.key(position), "bad": "", "error": str(error)}
 
     def _load(self, position: int) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""Check once that every photo of a data set can be read, and list those that cannot.
+
+    python -m sam3_train.data.validate --data-path data/sa-1b --output data/sa-1b/bad_images.txt
+    python -m sam3_train.data.validate --data-path photos --dataset folder --workers 8 --annotations
+
+Every image is decoded completely. Export and training leave out what the list names: --opts DATA.BAD_IMAGES <list>.
+With --annotations the SA-1B annotation of every image is parsed and its masks are decoded too; problems there are
+reported but do not enter the list, because distilling the trunk reads no annotation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from sam3_train.data.bad_images import BAD_IMAGES_FILE
+from sam3_train.data.decode import UnreadableImageError
+from sam3_train.data.image_index import KINDS, ImageIndex, build_image_index
+from sam3_train.data.sa1b import AnnotationError, parse_sa1b_annotation
+from sam3_train.data.splits import DEFAULT_VAL_FRACTION, SPLITS
+from sam3_train.errors import UserError, run_cli
+
+_CHUNK = 32
+_worker_state: tuple[ImageIndex, bool] | None = None
+
+Problem = tuple[str, str, str]
+"""``image`` or ``annotation``, key, reason."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; see the module's docstring."""
+    return run_cli(_main, argv)
+
+
+def _main(argv: list[str] | None) -> int:
+    args = _parser().parse_args(argv)
+    output = Path(args.output or Path(args.data_path) / BAD_IMAGES_FILE)
+    bad: dict[str, str] = {}
+    num_images = num_annotation_problems = 0
+    for split in args.splits:
+        index = build_image_index(
+            args.data_path, args.dataset, split, val_fraction=args.val_fraction, cache_dir=args.index_cache
+        )
+        num_images += len(index)
+        for kind, key, reason in check_images(index, args.workers, args.annotations):
+            print(reason, file=sys.stderr)
+            if kind == "image":
+                bad[key] = " ".join(reason.split())
+            else:
+                num_annotation_problems += 1
+    _write_list(output, bad)
+    print(f"{num_images:,} images checked, {len(bad):,} unreadable, listed in {output}")
+    if args.annotations:
+        print(f"{num_annotation_problems:,} annotations are missing, empty or malformed")
+    return 0
+
+
+def check_images(index: ImageIndex, num_workers: int, with_annotations: bool = False) -> Iterator[Problem]:
+    """Decode every image of an index, in several processes.
+
+    Args:
+        index: The images.
+        num_workers: Processes; 0 works in this one.
+        with_annotations: Parse the annotations and decode their masks too.
+
+    Yields:
+        What is wrong, in the order of the index.
+    """
+    starts = range(0, len(index), _CHUNK)
+    with tqdm(total=len(index), desc=f"check {index.split}", unit="image", disable=None) as bar:
+        if num_workers <= 0:
+            _set_worker_state(index, with_annotations)
+            for start in starts:
+                yield from _check_chunk(start)
+                bar.update(min(_CHUNK, len(index) - start))
+            return
+        method = "fork" if sys.platform == "linux" else None
+        with multiprocessing.get_context(method).Pool(
+            num_workers, _set_worker_state, (index, with_annotations)
+        ) as pool:
+            for start, problems in zip(starts, pool.imap(_check_chunk, starts), strict=True):
+                yield from problems
+                bar.update(min(_CHUNK, len(index) - start))
+
+
+def _set_worker_state(index: ImageIndex, with_annotations: bool) -> None:
+    global _worker_state
+    _worker_state = (index, with_annotations)
+
+
+def _check_chunk(start: int) -> list[Problem]:
+    assert _worker_state is not None
+    index, with_annotations = _worker_state
+    problems: list[Problem] = []
+    for position in range(start, min(start + _CHUNK, len(index))):
+        try:
+            index.open_image(position)
+        except UnreadableImageError as error:
+            problems.append(("image", index.key(position), str(error)))
+        if with_annotations:
+            try:
+                _check_annotation(index, position)
+            except AnnotationError as error:
+                problems.append(("annotation", index.key(position), str(error)))
+    return problems
+
+
+def _check_annotation(index: ImageIndex, position: int) -> None:
+    content = index.read_annotation(position)
+    where = index.annotation_where(position) or index.where(position)
+    if content is None:
+        raise AnnotationError(f"{where}: has no annotation")
+    for annotated in parse_sa1b_annotation(content, where):
+        annotated.mask()
+
+
+def _write_list(path: Path, bad: dict[str, str]) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_text("".join(f"{key}\t{reason}\n" for key, reason in sorted(bad.items())), encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output") from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sam3_train.data.validate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-path", required=True, help="root of the data set")
+    parser.add_argument("--dataset", default="sa1b", choices=KINDS, help="its layout (default: sa1b)")
+    parser.add_argument("--splits", nargs="+", default=list(SPLITS), choices=SPLITS, help="default: train val")
+    parser.add_argument("--output", help=f"the list to write (default: {BAD_IMAGES_FILE} in the data set)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    parser.add_argument("--annotations", action="store_true", help="check SA-1B annotations and their masks too")
+    parser.add_argument("--val-fraction", type=float, default=DEFAULT_VAL_FRACTION, help="as DATA.VAL_FRACTION")
+    parser.add_argument("--index-cache", help="as DATA.INDEX_CACHE")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
