@@ -50,17 +50,17 @@ class StepFailedError(RuntimeError):
         self.exit_code = exit_code
 
 
-def step_key(step: Step, previous_key: str) -> str:
-    """Hash of everything that decides a step's result.
+def step_key(step: Step, previous_key: str, root: Path) -> str:
+    """Hash of everything that decides a step's result; paths are relative to ``root``.
 
     Raises:
         StepFailedError: If an input file is missing.
     """
     digest = hashlib.sha256(f"{previous_key}\n{step.command_line}\n".encode())
     for path in step.inputs:
-        if not path.is_file():
+        if not (root / path).is_file():
             raise StepFailedError(f"{step.name}: its input {path} is missing; restore it (git checkout)", 2)
-        digest.update(path.read_bytes())
+        digest.update((root / path).read_bytes())
     return digest.hexdigest()
 
 
@@ -70,7 +70,7 @@ def run_steps(steps: Sequence[Step], stamps: Path, root: Path) -> None:
     Args:
         steps: The job.
         stamps: Folder of the stamps, made if missing.
-        root: Working folder of every command.
+        root: Working folder of every command; inputs and results are relative to it.
 
     Raises:
         StepFailedError: If a command fails or leaves a result out; later steps are not started.
@@ -80,8 +80,8 @@ def run_steps(steps: Sequence[Step], stamps: Path, root: Path) -> None:
     for index, step in enumerate(steps, 1):
         label = f"[{index}/{len(steps)}] {step.title}"
         stamp = stamps / f"{index:02d}-{step.name}.json"
-        key = step_key(step, previous_key)
-        missing = [path for path in step.results if not path.exists()]
+        key = step_key(step, previous_key, root)
+        missing = [path for path in step.results if not (root / path).exists()]
         if not missing and read_stamp(stamp).get("key") == key:
             print(f"{label}: done before", flush=True)
         else:
@@ -101,7 +101,7 @@ def _run_step(step: Step, label: str, stamp: Path, key: str, root: Path) -> None
             "finished steps are kept.",
             exit_code,
         )
-    missing = [path for path in step.results if not path.exists()]
+    missing = [path for path in step.results if not (root / path).exists()]
     if missing:
         raise StepFailedError(f"{label}: ended well but left out {missing[0]}", 1)
     record = {"name": step.name, "key": key, "command": step.command_line, "seconds": round(seconds, 2)}
