@@ -109,16 +109,32 @@ def _check_end(path: Path, file: BinaryIO, offset: int) -> None:
         raise TarTableError(f"{path}: is cut off or damaged near byte {offset}; fetch the tar again")
 
 
+def require_whole_tar(path: Path) -> None:
+    """Check that a tar can be read from its first to its last header and ends as a tar does.
+
+    Raises:
+        TarTableError: If it is empty, no uncompressed tar, or cut off.
+        UserError: If the disk fails.
+    """
+    _regular_members(path)
+
+
 def table_path(tar: Path, cache_dir: Path | None) -> Path:
     """Where a tar's table is kept."""
     return (tar.parent / ".tar_tables" if cache_dir is None else cache_dir) / f"{tar.name}.npz"
 
 
-def load_tar_table(tar: Path, cache_dir: Path | None = None) -> TarTable:
+def load_tar_table(tar: Path, cache_dir: Path | None = None, must_keep: bool = False) -> TarTable:
     """A tar's table: the kept one if the tar's size and time of change are still the same, else a new one.
+
+    Args:
+        tar: The tar.
+        cache_dir: Where tables are kept; None: beside the tars.
+        must_keep: A new table that cannot be kept is an error; otherwise it is made again next time.
 
     Raises:
         TarTableError: As `build_tar_table`.
+        UserError: If the table must be kept and its folder cannot be written.
     """
     status = tar.stat()
     stamp = np.array([TABLE_VERSION, status.st_size, status.st_mtime_ns], np.int64)
@@ -126,7 +142,11 @@ def load_tar_table(tar: Path, cache_dir: Path | None = None) -> TarTable:
     table = _read_table(kept, stamp)
     if table is None:
         table = build_tar_table(tar)
-        _write_table(kept, stamp, table)
+        try:
+            _write_table(kept, stamp, table)
+        except OSError as error:
+            if must_keep:
+                raise UserError(f"{kept}: cannot be written ({error.strerror}); choose another folder") from error
     return table
 
 
@@ -142,23 +162,19 @@ def _read_table(path: Path, stamp: np.ndarray) -> TarTable | None:
 
 
 def _write_table(path: Path, stamp: np.ndarray, table: TarTable) -> None:
-    """Keep a table; a folder that cannot be written only means that it is made again next time."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            np.savez(
-                file,
-                stamp=stamp,
-                keys=table.keys.buffer,
-                key_offsets=table.keys.offsets,
-                suffix_codes=table.suffix_codes,
-                offsets=table.offsets,
-                sizes=table.sizes,
-            )
-        os.replace(aside, path)
-    except OSError:
-        aside.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(aside, "wb") as file:
+        np.savez(
+            file,
+            stamp=stamp,
+            keys=table.keys.buffer,
+            key_offsets=table.keys.offsets,
+            suffix_codes=table.suffix_codes,
+            offsets=table.offsets,
+            sizes=table.sizes,
+        )
+    os.replace(aside, path)
 
 
 class TarsSource:

@@ -11,7 +11,6 @@ reported but do not enter the list, because distilling the trunk reads no annota
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
@@ -22,11 +21,12 @@ from tqdm import tqdm
 from sam3_train.data.bad_images import BAD_IMAGES_FILE
 from sam3_train.data.decode import UnreadableImageError
 from sam3_train.data.image_index import KINDS, ImageIndex, build_image_index
+from sam3_train.data.process_pool import run_in_processes
 from sam3_train.data.sa1b import AnnotationError, parse_sa1b_annotation
 from sam3_train.data.splits import DEFAULT_VAL_FRACTION, SPLITS
 from sam3_train.errors import UserError, run_cli
 
-_CHUNK = 32
+_CHUNK = 64
 _worker_state: tuple[ImageIndex, bool] | None = None
 
 Problem = tuple[str, str, str]
@@ -66,27 +66,19 @@ def check_images(index: ImageIndex, num_workers: int, with_annotations: bool = F
 
     Args:
         index: The images.
-        num_workers: Processes; 0 works in this one.
+        num_workers: Processes.
         with_annotations: Parse the annotations and decode their masks too.
 
     Yields:
-        What is wrong, in the order of the index.
+        What is wrong, in no particular order.
     """
     starts = range(0, len(index), _CHUNK)
     with tqdm(total=len(index), desc=f"check {index.split}", unit="image", disable=None) as bar:
-        if num_workers <= 0:
-            _set_worker_state(index, with_annotations)
-            for start in starts:
-                yield from _check_chunk(start)
-                bar.update(min(_CHUNK, len(index) - start))
-            return
-        method = "fork" if sys.platform == "linux" else None
-        with multiprocessing.get_context(method).Pool(
-            num_workers, _set_worker_state, (index, with_annotations)
-        ) as pool:
-            for start, problems in zip(starts, pool.imap(_check_chunk, starts), strict=True):
-                yield from problems
-                bar.update(min(_CHUNK, len(index) - start))
+        for start, problems in run_in_processes(
+            _check_chunk, starts, num_workers, _set_worker_state, (index, with_annotations)
+        ):
+            yield from problems
+            bar.update(min(_CHUNK, len(index) - start))
 
 
 def _set_worker_state(index: ImageIndex, with_annotations: bool) -> None:
