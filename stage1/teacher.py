@@ -105,7 +105,7 @@ class Teacher:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of the trunk's parameters as loaded, whatever file they came from; buffers are recomputed, so left out."""
+        """Hash of the trunk's parameters as loaded, whatever file they came from; buffers are left out."""
         return state_dict_sha256(dict(self.trunk.named_parameters()))
 
     @property

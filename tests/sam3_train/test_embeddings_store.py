@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import pickle
 import struct
-import zlib
 
 import numpy as np
 import pytest
 import torch
+from fixtures_embeddings import KEYS, SHAPE, make_embedding, make_seed, make_spec, make_store, store_bytes
 
 from sam3_train.embeddings import (
     CODECS,
@@ -22,41 +22,6 @@ from sam3_train.embeddings import (
     plan_rank,
 )
 from sam3_train.embeddings.rank_files import RankPaths
-
-SHAPE = (3, 2, 4)
-
-
-def make_spec(**changes) -> StoreSpec:
-    values = {"shape": SHAPE, "teacher": {"sha256": "ab"}, "preprocess": {"size_px": 28}}
-    return StoreSpec(**{**values, **changes})
-
-
-def make_embedding(key: str, shape=SHAPE) -> np.ndarray:
-    generator = np.random.default_rng(zlib.crc32(key.encode()))
-    return generator.standard_normal(shape).astype(np.float16)
-
-
-def export(directory, keys, spec=None, world_size=1, batch_size=2, stop_after=None, ranks=None) -> None:
-    """Run an export with made-up embeddings; ``stop_after`` ends each rank after so many records."""
-    spec = spec or make_spec()
-    begin_export(directory, spec, keys, world_size, batch_size)
-    for rank in range(world_size) if ranks is None else ranks:
-        plan = plan_rank(directory, keys, rank, world_size)
-        with EmbeddingWriter(directory, rank) as writer:
-            todo = [keys[i] for batch in plan.batches for i in batch if keys[i] not in plan.done_keys]
-            for key in todo[:stop_after]:
-                writer.put(key, zlib.crc32(key.encode()) & 0x7FFFFFFF, make_embedding(key, spec.shape))
-
-
-def store_bytes(directory) -> dict[str, bytes]:
-    """What two runs must agree on: everything but the random export id in the index headers and store.json."""
-    content = {}
-    for path in sorted(directory.glob("rank*")):
-        content[path.name] = path.read_bytes()[32:] if path.name.endswith("-index.bin") else path.read_bytes()
-    return content
-
-
-KEYS = [f"sa_{number}" for number in range(11)]
 
 
 def test_bytes_on_disk_are_the_public_layout(tmp_path):
@@ -94,12 +59,12 @@ def test_files_of_the_public_tool_open_when_the_shape_is_stated(tmp_path, last_n
 @pytest.mark.parametrize("codec", sorted(CODECS))
 def test_every_codec_makes_the_round_trip(tmp_path, codec):
     spec = make_spec(codec=codec, shape=(8, 6, 6))
-    export(tmp_path, KEYS, spec)
+    make_store(tmp_path, spec=spec)
     with EmbeddingStore(tmp_path, (8, 6, 6)) as store:
         assert list(store.keys()) == KEYS and len(store) == 11
         for key in KEYS:
             seed, embedding = store.read(key)
-            assert seed == store.read_seed(key) == zlib.crc32(key.encode()) & 0x7FFFFFFF
+            assert seed == store.read_seed(key) == make_seed(key)
             assert embedding.dtype == np.float16 and embedding.flags.writeable
             np.testing.assert_allclose(embedding, make_embedding(key, (8, 6, 6)), atol=0 if codec == "fp16" else 0.02)
             _, parts = store.read_raw(key)
@@ -131,9 +96,9 @@ def test_distortion_is_what_the_table_promises():
 
 def test_a_killed_export_ends_with_the_same_bytes(tmp_path):
     """D-10: what was written stays, and what is missing is added in the same order."""
-    export(tmp_path / "whole", KEYS, world_size=2)
+    make_store(tmp_path / "whole", KEYS, world_size=2)
     for stop_after in (1, 2, 1, None):
-        export(tmp_path / "resumed", KEYS, world_size=2, stop_after=stop_after)
+        make_store(tmp_path / "resumed", KEYS, world_size=2, stop_after=stop_after)
     assert store_bytes(tmp_path / "resumed") == store_bytes(tmp_path / "whole")
     info = json.loads((tmp_path / "resumed" / "store.json").read_text())
     assert len(info["phases"]) == 1
@@ -142,44 +107,44 @@ def test_a_killed_export_ends_with_the_same_bytes(tmp_path):
 @pytest.mark.parametrize("cut", ["values", "keys", "index"])
 @pytest.mark.parametrize("num_bytes", [1, 7, 30])
 def test_a_torn_tail_is_cut_and_made_again(tmp_path, cut, num_bytes):
-    export(tmp_path / "whole", KEYS)
-    export(tmp_path / "torn", KEYS)
+    make_store(tmp_path / "whole", KEYS)
+    make_store(tmp_path / "torn", KEYS)
     path = getattr(RankPaths(tmp_path / "torn", 0), cut)
     with open(path, "r+b") as file:
         file.truncate(path.stat().st_size - num_bytes)
-    export(tmp_path / "torn", KEYS)
+    make_store(tmp_path / "torn", KEYS)
     assert store_bytes(tmp_path / "torn") == store_bytes(tmp_path / "whole")
 
 
 def test_a_tail_of_garbage_behind_the_index_is_cut(tmp_path):
     """What a power failure can leave: bytes that were written before their index entry."""
-    export(tmp_path / "whole", KEYS)
-    export(tmp_path / "torn", KEYS, stop_after=5)
+    make_store(tmp_path / "whole", KEYS)
+    make_store(tmp_path / "torn", KEYS, stop_after=5)
     with open(tmp_path / "torn" / "rank0-values.bin", "ab") as file:
         file.write(b"\0" * 70)
     with pytest.raises(StoreError, match="longer than its index"):
         EmbeddingStore(tmp_path / "torn")
-    export(tmp_path / "torn", KEYS)
+    make_store(tmp_path / "torn", KEYS)
     assert store_bytes(tmp_path / "torn") == store_bytes(tmp_path / "whole")
 
 
 def test_records_of_zeros_in_the_tail_are_made_again(tmp_path):
     """A file system may give a file its size before its data; the CRC of the newest records is checked on resume."""
-    export(tmp_path / "whole", KEYS)
-    export(tmp_path / "torn", KEYS)
+    make_store(tmp_path / "whole", KEYS)
+    make_store(tmp_path / "torn", KEYS)
     with open(tmp_path / "torn" / "rank0-values.bin", "r+b") as file:
         file.seek(-2 * make_spec().record_bytes, 2)
         file.write(b"\0" * 2 * make_spec().record_bytes)
-    export(tmp_path / "torn", KEYS)
+    make_store(tmp_path / "torn", KEYS)
     assert store_bytes(tmp_path / "torn") == store_bytes(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1), (3, 2)])
 def test_another_number_of_ranks_continues_without_duplicates(tmp_path, first, second):
     """A changed world size: what is missing is dealt to the new ranks; nothing is made twice or lost."""
-    export(tmp_path, KEYS, world_size=first, stop_after=2)
-    export(tmp_path, KEYS, world_size=second, stop_after=1)
-    export(tmp_path, KEYS, world_size=second)
+    make_store(tmp_path, KEYS, world_size=first, stop_after=2)
+    make_store(tmp_path, KEYS, world_size=second, stop_after=1)
+    make_store(tmp_path, KEYS, world_size=second)
     store = EmbeddingStore(tmp_path)
     assert sorted(store.keys()) == sorted(KEYS)
     assert not store.duplicate_keys()
@@ -188,13 +153,13 @@ def test_another_number_of_ranks_continues_without_duplicates(tmp_path, first, s
 
 def test_added_images_are_appended(tmp_path):
     """D-34: nothing is computed again when the data set grows."""
-    export(tmp_path, KEYS[::2])
+    make_store(tmp_path, KEYS[::2])
     begin_export(tmp_path, make_spec(), KEYS, 1, 2)
     plan = plan_rank(tmp_path, KEYS)
     assert [KEYS[i] for batch in plan.batches for i in batch] == KEYS[1::2]
-    export(tmp_path, KEYS)
+    make_store(tmp_path, KEYS)
     assert list(EmbeddingStore(tmp_path).keys()) == KEYS[::2] + KEYS[1::2]
-    export(tmp_path, KEYS[:4], world_size=3)  # fewer images, more ranks: nothing to do
+    make_store(tmp_path, KEYS[:4], world_size=3)  # fewer images, more ranks: nothing to do
     assert len(EmbeddingStore(tmp_path)) == len(KEYS)
 
 
@@ -208,7 +173,7 @@ def test_ranks_share_the_keys_exactly(tmp_path, world_size):
 
 
 def test_a_resumed_rank_meets_the_same_batches(tmp_path):
-    export(tmp_path, KEYS, batch_size=4, stop_after=5)
+    make_store(tmp_path, KEYS, batch_size=4, stop_after=5)
     begin_export(tmp_path, make_spec(), KEYS, 1, 4)
     plan = plan_rank(tmp_path, KEYS)
     assert plan.batches == [[4, 5, 6, 7], [8, 9, 10]]
@@ -217,7 +182,7 @@ def test_a_resumed_rank_meets_the_same_batches(tmp_path):
 
 def test_a_reader_pickles_as_its_path_and_reads_by_key(tmp_path):
     """D-55: workers share the mapped key table; a pickled reader carries no keys."""
-    export(tmp_path, KEYS, world_size=2)
+    make_store(tmp_path, KEYS, world_size=2)
     store = EmbeddingStore(tmp_path)
     store.read(KEYS[0])
     copied = pickle.dumps(store)
@@ -226,9 +191,9 @@ def test_a_reader_pickles_as_its_path_and_reads_by_key(tmp_path):
 
 
 def test_the_key_table_is_rebuilt_when_the_store_grows(tmp_path):
-    export(tmp_path, KEYS, stop_after=4)
+    make_store(tmp_path, KEYS, stop_after=4)
     assert KEYS[5] not in EmbeddingStore(tmp_path)
-    export(tmp_path, KEYS)
+    make_store(tmp_path, KEYS)
     assert KEYS[5] in EmbeddingStore(tmp_path)
     (tmp_path / "key-index.bin").write_bytes(b"damaged")
     assert KEYS[5] in EmbeddingStore(tmp_path)
@@ -236,7 +201,7 @@ def test_the_key_table_is_rebuilt_when_the_store_grows(tmp_path):
 
 def test_keys_are_found_exactly(tmp_path):
     keys = ["a", "ab", "b", "A", "a b", "ü", "sa_1", "sa_10", "x" * 300]
-    export(tmp_path, keys)
+    make_store(tmp_path, keys)
     store = EmbeddingStore(tmp_path)
     assert all(np.array_equal(store.read(key)[1], make_embedding(key)) for key in keys)
     assert "sa_" not in store and "sa_100" not in store and "B" not in store
@@ -244,7 +209,7 @@ def test_keys_are_found_exactly(tmp_path):
 
 def test_missing_keys_are_named_before_training(tmp_path):
     """D-42: coverage is checked at the start, not met as a KeyError in a worker."""
-    export(tmp_path, KEYS)
+    make_store(tmp_path, KEYS)
     store = EmbeddingStore(tmp_path)
     assert store.require_coverage(KEYS[2:5]).num_present == 3
     with pytest.raises(StoreError, match=r"2 of 4 keys have no embedding \(first: new_1, new_2\)"):

@@ -49,7 +49,7 @@ def test_words_and_environment_set_flags_and_the_rest_goes_through(launch):
     words = done.stdout.splitlines()
     script = next(i for i, word in enumerate(words) if word.endswith("save_embedding_stage1.py"))
     assert words[script + 3 :] == [
-        *("--data-path", "a b", "--output", "out", "--batch-size", "2"),
+        *("--data-path", "a b", "--output", "o", "--batch-size", "2"),
         *("--check-saved-embed", "4", "A=b"),
     ]
 

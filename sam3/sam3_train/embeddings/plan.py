@@ -8,9 +8,10 @@ product rounds differently when its batch size changes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -27,6 +28,16 @@ from sam3_train.embeddings.spec import (
     write_expected_keys,
     write_store_info,
 )
+
+
+class KeyList(Protocol):
+    """An ordered list of keys: a list, or `sam3_train.data.packed_strings.PackedStrings` for millions of them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> str: ...
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class RankPlan:
 
 
 def begin_export(
-    directory: str | Path, spec: StoreSpec, keys: Sequence[str], world_size: int = 1, batch_size: int = 1
+    directory: str | Path, spec: StoreSpec, keys: KeyList, world_size: int = 1, batch_size: int = 1
 ) -> StoreState:
     """Prepare a store for an export by ``world_size`` ranks: create it, or repair it and decide what continues.
 
@@ -93,7 +104,7 @@ def begin_export(
     return StoreState(info, sum(counts), sum(cuts))
 
 
-def plan_rank(directory: str | Path, keys: Sequence[str], rank: int = 0, world_size: int = 1) -> RankPlan:
+def plan_rank(directory: str | Path, keys: KeyList, rank: int = 0, world_size: int = 1) -> RankPlan:
     """What one rank has to do; every rank calls this after `begin_export`, with the same keys.
 
     Raises:
@@ -122,20 +133,29 @@ def plan_rank(directory: str | Path, keys: Sequence[str], rank: int = 0, world_s
     return RankPlan(batches, kept)
 
 
-def require_unique(keys: Sequence[str]) -> None:
+def count_missing(directory: str | Path, keys: KeyList) -> int:
+    """How many keys a store lacks; all of them if there is no store yet. Nothing is written."""
+    directory = Path(directory)
+    info = read_store_info(directory) if directory.is_dir() else None
+    return len(keys) if info is None else int(_missing(directory, info, keys).sum())
+
+
+def require_unique(keys: KeyList) -> None:
     """Check that no key occurs twice.
 
     Raises:
-        StoreError: Naming the first key that does.
+        StoreError: Naming a key that does.
     """
-    seen: set[str] = set()
-    for key in keys:
-        if key in seen:
-            raise StoreError(f"key {key!r} occurs twice in the data set; image names must be unique over all splits")
-        seen.add(key)
+    hashes = hash_keys(keys)
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
+    for position in same:
+        first, second = (keys[int(order[position + step])] for step in (0, 1))
+        if first == second:
+            raise StoreError(f"key {first!r} occurs twice in the data set; image names must be unique over all splits")
 
 
-def hash_keys(keys: Sequence[str]) -> np.ndarray:
+def hash_keys(keys: Iterable[str]) -> np.ndarray:
     """64-bit hashes of keys, (N,) uint64: what large key sets are compared and searched by."""
     digests = b"".join(hashlib.blake2b(encode_key(key), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, "<u8")
@@ -200,7 +220,7 @@ def _continues(info: StoreInfo, wanted: Phase) -> bool:
     return all(before <= now for before, now in pairs)
 
 
-def _missing(directory: Path, info: StoreInfo, keys: Sequence[str]) -> np.ndarray:
+def _missing(directory: Path, info: StoreInfo, keys: KeyList) -> np.ndarray:
     """True for every key that has neither a record nor a quarantine entry, (N,) bool."""
     known = _known_hashes(directory, (None,) * info.ranks, (None,) * info.ranks)
     return ~np.isin(hash_keys(keys), known)
@@ -211,7 +231,8 @@ def _known_hashes(directory: Path, num_records: Sequence[int | None], num_skippe
     parts = [np.empty(0, "<u8")]
     for rank, (records, skipped) in enumerate(zip(num_records, num_skipped, strict=True)):
         paths = RankPaths(directory, rank)
-        parts.append(hash_keys(read_keys(paths)[:records]))
+        if paths.keys.exists():
+            parts.append(hash_keys(read_keys(paths)[:records]))
         parts.append(hash_keys(list(read_quarantine(paths))[:skipped]))
     return np.concatenate(parts)
 

@@ -143,6 +143,12 @@ class EmbeddingStore:
         seed, payload = self._record(key)
         return seed, {name: np.array(part) for name, part in self.codec.split(payload, self.spec.shape).items()}
 
+    def read_at(self, rank: int, record: int) -> tuple[int, np.ndarray]:
+        """`read` by place instead of key, without a CRC check."""
+        view = self._bytes(rank, record)
+        payload = np.frombuffer(view, np.uint8, offset=SEED_BYTES)
+        return struct.unpack_from("<i", view)[0], self.codec.decode(payload, self.spec.shape)
+
     def read_seed(self, key: str) -> int:
         """The seed alone."""
         rank, record = self._locate(key)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -215,7 +215,7 @@ def decode_key(line: bytes) -> str:
     return line.decode("utf-8", "surrogateescape")
 
 
-def write_expected_keys(directory: Path, keys: Sequence[str]) -> None:
+def write_expected_keys(directory: Path, keys: Iterable[str]) -> None:
     """Write the ordered keys that the newest phase was asked for, so that ``verify`` can name what is missing."""
     write_file_atomic(directory / EXPECTED_KEYS_FILE, b"".join(encode_key(key) + b"\n" for key in keys))
 
