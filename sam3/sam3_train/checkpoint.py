@@ -32,6 +32,7 @@ from sam3_train.rng import load_rng_state_dict, rng_state_dict
 __all__ = [
     "CheckpointManager",
     "load_checkpoint",
+    "load_common",
     "load_rng_state_dict",
     "load_strict",
     "rng_state_dict",
@@ -182,31 +183,27 @@ class CheckpointManager:
         return self._save(f"ckpt_step_{step:08d}.pth", state, epoch, step, False)
 
     def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Load the newest checkpoint whose content is what was written; fall back to older ones with a warning.
+        """`load_common` for this run alone."""
+        loaded = load_common([self])
+        return loaded[0] if loaded else None
 
-        Returns:
-            Path and content, or None if this folder holds no run yet.
+    def problem(self, name: str) -> str | None:
+        """What is wrong with the recorded checkpoint called ``name``; None if it holds what was written."""
+        record = next(record for record in self._records if record["file"] == name)
+        found = _content_problem(self.folder / name, record)
+        return found and f"{self.folder / name}: {found}"
 
-        Raises:
-            UserError: If there are checkpoints but all are damaged: a run never restarts from nothing by itself.
-        """
-        damaged = []
-        for record in list(self._records):
-            path = self.folder / record["file"]
-            problem = _content_problem(path, record)
-            if problem is None:
-                # What is behind a damaged newest checkpoint is what the run continues from.
-                self._records = self._records[self._records.index(record) :]
-                return path, load_checkpoint(path)
-            damaged.append(f"{path}: {problem}")
-            self._warn(f"warning: checkpoint {damaged[-1]}; trying the one before")
-        if damaged:
-            raise UserError.from_problems(
-                f"no checkpoint in {self.folder} can be used; name one with --resume, or choose another --output to "
-                "start again",
-                damaged,
-            )
-        return None
+    def names(self) -> list[str]:
+        """File names of the recorded checkpoints, newest first."""
+        return [record["file"] for record in self._records]
+
+    def go_back_to(self, name: str) -> None:
+        """Make the recorded checkpoint called ``name`` the newest."""
+        self._records = self._records[self.names().index(name) :]
+
+    def warn(self, message: str) -> None:
+        """Hand a line to the caller's log."""
+        self._warn(message)
 
     def forget(self) -> None:
         """Drop the pointer's records (a run that continues from elsewhere starts its own history)."""
@@ -260,6 +257,40 @@ class CheckpointManager:
             _fsync_folder(self.folder)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}. Free some space or choose another --output.") from error
+
+
+def load_common(managers: Sequence[CheckpointManager]) -> list[tuple[Path, dict[str, Any]]] | None:
+    """Load the newest checkpoint that all of several runs have, falling back to older ones with a warning.
+
+    Runs that share a loop are saved one after the other, so a crash in between leaves some a step ahead.
+
+    Returns:
+        Path and content for each manager, or None if no folder holds a run yet.
+
+    Raises:
+        UserError: If there are checkpoints but none can be used: a run never restarts from nothing by itself.
+    """
+    if not any(manager.names() for manager in managers):
+        return None
+    problems: list[str] = []
+    for name in managers[0].names():
+        absent = [manager.folder for manager in managers if name not in manager.names()]
+        if absent:
+            problems.append(f"{name} is not in {', '.join(map(str, absent))}")
+            continue
+        damaged = [found for found in (manager.problem(name) for manager in managers) if found]
+        for found in damaged:
+            managers[0].warn(f"warning: checkpoint {found}; trying the one before")
+        problems += damaged
+        if not damaged:
+            for manager in managers:
+                manager.go_back_to(name)
+            return [(manager.folder / name, load_checkpoint(manager.folder / name)) for manager in managers]
+    folders = ", ".join(str(manager.folder) for manager in managers)
+    raise UserError.from_problems(
+        f"no checkpoint in {folders} can be used; name one with --resume, or choose another --output to start again",
+        problems or [f"{managers[0].folder} holds no run, the others do"],
+    )
 
 
 class _HashingWriter:

@@ -2,8 +2,8 @@
 
 Each rank keeps a TCP connection to rank 0 for the length of the run. The kernel closes a dead process's connections, so
 a kill -9 or an out-of-memory kill is seen at once, without time-outs that could misfire on a slow machine; a machine
-that vanishes is seen through TCP keep-alive within half a minute. A rank that fails says its exit code first, so that all
-ranks end with the same code, and gets a few seconds to print its message before the others end.
+that vanishes is seen through TCP keep-alive within half a minute. A rank that fails says its exit code first, so that
+all ranks end with the same code, and gets a few seconds to print its message before the others end.
 
 Messages are lines of text: ``hello TOKEN RANK``, ``fail CODE RANK`` and ``bye``.
 """
