@@ -1,0 +1,148 @@
+"""Every stage that exists on the demo world, one after the other, each through its own launcher.
+
+    bash scripts/demo.sh                       # makes the environment, then runs this
+    python scripts/demo.py                     # in an environment that is there already
+    python scripts/demo.py --fresh             # forget what an earlier run made
+    python scripts/demo.py --output DIR        # elsewhere than output/demo
+
+Finished steps are kept and reused until one of their inputs changes. A run that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from step_runner import Step, StepFailedError, run_steps
+
+from sam3_train.errors import UserError, run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+TEACHER = Path("data/demo/tiny_teacher.safetensors")
+TEACHER_CFG = Path("stage1/configs/teacher/demo_tiny.yaml")
+STUDENT_CFG = Path("stage1/configs/demo_cnn.yaml")
+STUDENT = "demo_cnn"
+# Two processes of one thread each beat one of two on networks this small, and show that every step is distributed.
+PROCESSES = "2"
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The demo's YAML.
+
+    Raises:
+        UserError: If the file is missing or lacks a section.
+    """
+    if not path.is_file():
+        raise UserError(f"--cfg {path} does not exist; the demo's own is configs/demo.yaml")
+    settings = yaml.safe_load(path.read_text())
+    for section in ("WORLD", "REPORT"):
+        if not isinstance(settings, dict) or section not in settings:
+            raise UserError(f"{path} has no section {section}; see configs/demo.yaml")
+    return settings
+
+
+def from_root(path: Path) -> Path:
+    """The path relative to the repository if it lies inside, which keeps the printed commands short."""
+    path = path.resolve()
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[Step]:
+    """The demo from an empty folder to the page; paths are relative to the repository where they lie in it."""
+    world, export, run = output / "world", output / "stage1_teacher", output / "stage1" / STUDENT
+    merged, page = output / f"efficient_sam3_{STUDENT}.pt", output / "index.html"
+    world_options = [word for name, value in settings["WORLD"].items() for word in (f"--{name}", str(value))]
+    cpu = ["DEVICE=cpu", f"NPROC={PROCESSES}"]
+    configs = [STUDENT_CFG, STUDENT_CFG.parent / "base_stage1.yaml"]
+    return [
+        Step(
+            "world",
+            "Make the demo world",
+            ["python", "data/demo/demo_world.py", "--output", str(world), *world_options],
+            [Path("data/demo/demo_world.py")],
+            [world / "images/train", world / "images/val", world / "images/test", world / "photos"],
+        ),
+        Step(
+            "export",
+            "Export the teacher's embeddings",
+            [
+                *("bash", "stage1/scripts/save_stage1_embeddings.sh", f"CFG={TEACHER_CFG}", f"DATA_PATH={world}"),
+                *(f"OUTPUT={export}", *cpu),
+            ],
+            [TEACHER_CFG, TEACHER],
+            [export / "embeddings"],
+        ),
+        Step(
+            "train",
+            "Train the student",
+            [
+                *("bash", "stage1/scripts/train_stage1_student.sh", f"CFG={STUDENT_CFG}", f"DATA_PATH={world}"),
+                *(f"OUTPUT={run}", *cpu, "--opts", "DISTILL.TEACHER_EMBED_PATH", str(export / "embeddings")),
+            ],
+            configs,
+            [run / "best.pth"],
+        ),
+        Step(
+            "merge",
+            "Merge the student into the teacher's checkpoint",
+            [
+                *("python", "stage1/convert_stage1_weights.py", "--student-ckpt", str(run / "best.pth")),
+                *("--sam3-ckpt", str(TEACHER), "--output", str(merged)),
+            ],
+            [],
+            [merged],
+        ),
+        Step(
+            "report",
+            "Compare teacher and student",
+            [
+                *("python", "scripts/demo_report.py", "--cfg", str(cfg_file), "--world", str(world)),
+                *("--teacher", str(TEACHER), "--student", str(merged), "--run", str(run)),
+                *("--stamps", str(output / "steps"), "--output", str(page)),
+            ],
+            [cfg_file, *(Path("scripts") / f"demo_{name}.py" for name in ("report", "page", "compare", "drawing"))],
+            [page],
+            {"PYTHONPATH": "data/demo"},
+        ),
+    ]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "output" / "demo", help="where everything goes")
+    parser.add_argument("--cfg", type=Path, default=ROOT / "configs" / "demo.yaml", help="sizes of the demo")
+    parser.add_argument("--fresh", action="store_true", help="delete what an earlier run made, then run")
+    return parser
+
+
+def _main(argv: list[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    start = time.monotonic()
+    settings = read_settings(args.cfg)
+    output = args.output.resolve()
+    if args.fresh and output.exists():
+        if not (output / "steps").is_dir():
+            raise UserError(f"--fresh: {output} was not made by the demo (it has no steps folder); delete it yourself")
+        shutil.rmtree(output)
+    try:
+        run_steps(demo_steps(from_root(args.cfg), settings, from_root(output)), output / "steps", ROOT)
+    except StepFailedError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"\nDone in {time.monotonic() - start:.0f} s. Open this file in a browser:\n  {output / 'index.html'}")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; see the module's text."""
+    return run_cli(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,267 @@
+"""Compares the demo's student with its teacher and writes the report page; `scripts/demo.py` runs it last.
+
+    PYTHONPATH=data/demo python scripts/demo_report.py --world output/demo/world \
+        --teacher data/demo/tiny_teacher.safetensors --student output/demo/efficient_sam3_demo_cnn.pt \
+        --run output/demo/stage1/demo_cnn --stamps output/demo/steps --output output/demo/index.html
+
+Beside the page it writes ``results.json`` with the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from demo_compare import Prompt, compare, describe_model
+from demo_page import Comparison, ModelRow, Report, StepRow, render_page
+from demo_scores import box_ious, checkpoint_scores, read_scenes, score_prompts, shown_prompts
+from PIL import Image
+from step_runner import read_stamp
+from svg_chart import Series, line_chart
+from tqdm import tqdm
+
+import sam3
+from sam3_train.errors import UserError, run_cli
+from sam3_train.log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+LOAD_LINES = """\
+import numpy as np
+from PIL import Image
+import sam3
+
+model = sam3.load_model("{model}")
+predictor = model.inst_interactive_predictor
+predictor.set_image(Image.open("{photo}"))
+masks, scores, _ = predictor.predict(box=np.array({box}), multimask_output=False)
+print("masks", masks.shape, "pixels inside", int(masks[0].sum()), "predicted IoU", round(float(scores[0]), 2))
+"""
+
+
+def photo_prompts(world: Path, settings: Sequence[Mapping[str, Any]]) -> list[tuple[Path, str, Prompt]]:
+    """File, title and prompt (in pixels) for each photo of the settings.
+
+    Raises:
+        UserError: If a photo is not in the world.
+    """
+    found = []
+    for entry in settings:
+        matches = sorted((world / "photos").glob(f"{entry['name']}.*"))
+        if not matches:
+            raise UserError(f"REPORT.photos names {entry['name']}, but {world / 'photos'} has no such file")
+        with Image.open(matches[0]) as photo:
+            width, height = photo.size
+        points = [(x * width, y * height) for x, y in entry.get("points", [])]
+        box = entry.get("box")
+        scaled = [value * side for value, side in zip(box, (width, height) * 2, strict=True)] if box else None
+        found.append((matches[0], entry["title"], Prompt(scaled, points)))
+    return found
+
+
+def compare_photos(teacher: Any, student: Any, photos: Sequence[tuple[Path, str, Prompt]]) -> list[Comparison]:
+    """Both models on the real photos."""
+    compared = []
+    for path, title, prompt in photos:
+        with Image.open(path) as photo:
+            compared.append(compare(teacher, student, photo.convert("RGB"), prompt, title))
+    return compared
+
+
+def training_charts(run: Path, epoch_scores: Sequence[tuple[float, float]], teacher_score: float) -> list[str]:
+    """Loss and validation curves of a training run.
+
+    Args:
+        run: The run's folder with its ``metrics.jsonl``.
+        epoch_scores: (epoch, box mIoU on the val scenes) of the kept checkpoints.
+        teacher_score: The teacher's box mIoU on the same scenes.
+
+    Raises:
+        UserError: If the run has logged nothing.
+    """
+    train, val = read_metrics(run, "train"), read_metrics(run, "val")
+    if not train or not val:
+        raise UserError(f"{run} has no metrics.jsonl with training and validation records: was the run finished?")
+
+    def series(records: Sequence[Mapping[str, Any]], name: str, label: str, dashed: bool = False) -> Series:
+        kept = [record for record in records if record.get(name) is not None]
+        return Series(label, [record["step"] for record in kept], [record[name] for record in kept], dashed)
+
+    charts = [
+        line_chart(
+            "Loss",
+            "optimizer step",
+            "loss",
+            [
+                *(series(train, name, f"{name}, training") for name in ("mse", "cosine")),
+                *(series(val, name, f"{name}, validation", dashed=True) for name in ("mse", "cosine")),
+            ],
+        )
+    ]
+    if epoch_scores:
+        epochs = [epoch for epoch, _ in epoch_scores]
+        ends = [epochs[0], epochs[-1]]
+        charts.append(
+            line_chart(
+                "Box mIoU on validation scenes",
+                "epoch",
+                "mIoU against the exact masks",
+                [
+                    Series("student", epochs, [score for _, score in epoch_scores]),
+                    Series("teacher", ends, [teacher_score] * 2, dashed=True),
+                    Series("90% of the teacher", ends, [0.9 * teacher_score] * 2, dashed=True),
+                ],
+            )
+        )
+    return charts
+
+
+def run_load_lines(lines: str) -> str:
+    """What the lines print in a fresh Python.
+
+    Raises:
+        UserError: If they fail: a page never shows lines that do not run.
+    """
+    done = subprocess.run([sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError(f"the lines that load the merged file fail:\n{lines}\n{done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def read_steps(stamps: Path) -> list[StepRow]:
+    """The finished steps of the demo, in order."""
+    records = [read_stamp(path) for path in sorted(stamps.glob("*.json"))]
+    return [StepRow(str(r["name"]), str(r["command"]), float(str(r["seconds"]))) for r in records if r]
+
+
+def from_root(path: Path) -> str:
+    """The path as a person at the repository's root would type it."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def write_results(path: Path, report: Report) -> None:
+    """The page's numbers as JSON."""
+
+    def numbers(one: Comparison) -> dict[str, Any]:
+        return {field: value for field, value in vars(one).items() if field != "views_jpeg"}
+
+    record = {
+        "scores": [{**dataclasses.asdict(score), "ratio": score.ratio} for score in report.scores],
+        "num_objects": report.num_objects,
+        "scenes": [numbers(one) for one in report.scenes],
+        "photos": [numbers(one) for one in report.photos],
+        "models": [dataclasses.asdict(model) for model in report.models],
+        "steps": [dataclasses.asdict(step) for step in report.steps],
+        "environment": report.environment,
+        "load_lines": report.load_lines,
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Report:
+    """Run every comparison, with a progress bar."""
+    with tqdm(total=6, desc="report", unit="part") as progress:
+        teacher, student = sam3.load_model(args.teacher, "cpu"), sam3.load_model(args.student, "cpu")
+        photos = photo_prompts(args.world, settings["photos"])
+        models = measure_models(args, teacher, student, photos[0][0], settings["latency_repeats"])
+        progress.update()
+        test = read_scenes(args.world, "test")
+        scores, num_objects = score_prompts(teacher, student, test)
+        progress.update()
+        scenes = [
+            compare(teacher, student, scene.image, prompt, title, truth)
+            for scene, prompt, title, truth in shown_prompts(test[: settings["num_scenes"]])
+        ]
+        progress.update()
+        photo_comparisons = compare_photos(teacher, student, photos)
+        progress.update()
+        val = read_scenes(args.world, "val")
+        epoch_scores = checkpoint_scores(student, args.run, val)
+        charts = training_charts(args.run, epoch_scores, float(box_ious(teacher, val).mean()))
+        progress.update()
+        load_lines = make_load_lines(args.student, *photos[0][::2])
+        load_output = run_load_lines(load_lines)
+        progress.update()
+    return Report(
+        scores=scores,
+        num_objects=num_objects,
+        scenes=scenes,
+        photos=photo_comparisons,
+        charts=charts,
+        models=models,
+        load_lines=load_lines,
+        load_output=load_output,
+        steps=read_steps(args.stamps) if args.stamps else [],
+        environment={
+            "EfficientSAM3": sam3.__version__,
+            "torch": torch.__version__,
+            "Python": platform.python_version(),
+            "CPU cores": str(os.cpu_count()),
+        },
+    )
+
+
+def measure_models(args: argparse.Namespace, teacher: Any, student: Any, photo: Path, repeats: int) -> list[ModelRow]:
+    """Size and speed of both, on one photo."""
+    with Image.open(photo) as opened:
+        image = opened.convert("RGB")
+    return [
+        describe_model("teacher", "ViT (tiny preset)", teacher, args.teacher, image, repeats),
+        describe_model("student", student.config.student.backbone, student, args.student, image, repeats),
+    ]
+
+
+def make_load_lines(model: Path, photo: Path, prompt: Prompt) -> str:
+    """The Python that a reader copies."""
+    box = [round(value) for value in prompt.box_xyxy_px or ()]
+    return LOAD_LINES.format(model=from_root(model), photo=from_root(photo), box=box)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cfg", type=Path, default=ROOT / "configs" / "demo.yaml", help="settings, section REPORT")
+    parser.add_argument("--world", type=Path, required=True, help="folder of the demo world")
+    parser.add_argument("--teacher", type=Path, required=True, help="the teacher's checkpoint")
+    parser.add_argument("--student", type=Path, required=True, help="the merged file")
+    parser.add_argument("--run", type=Path, required=True, help="folder of the student's training run")
+    parser.add_argument("--stamps", type=Path, help="folder of the demo's finished steps, for their commands and times")
+    parser.add_argument("--output", type=Path, required=True, help="the page, .html")
+    return parser
+
+
+def _main(argv: list[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    problems = [
+        f"{path} does not exist"
+        for path in (args.cfg, args.world, args.teacher, args.student, args.run)
+        if not path.exists()
+    ]
+    if problems:
+        raise UserError.from_problems("no report", problems)
+    report = build_report(args, yaml.safe_load(args.cfg.read_text())["REPORT"])
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(render_page(report), encoding="utf-8")
+    write_results(args.output.with_name("results.json"), report)
+    for score in report.scores:
+        print(f"{score.prompt}: teacher {score.teacher:.3f}, student {score.student:.3f} ({score.ratio:.1%})")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; see the module's text."""
+    return run_cli(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
