@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 from sam3.backbones import BackboneSpec, backbone_names, backbone_spec
+from sam3.checkpoint_io import CheckpointError
 from sam3.config import StudentConfig
 
 T = TypeVar("T")
@@ -33,7 +34,7 @@ HEAD_PREFIX = "head."
 FUSION_PREFIX = "fusion."
 
 
-class UnknownLayoutError(ValueError):
+class UnknownLayoutError(CheckpointError):
     """Keys that belong to no known layout."""
 
 
@@ -45,7 +46,7 @@ def strip_prefixes(state_dict: Mapping[str, T], prefixes: Sequence[str] = ("modu
         prefixes: Removed one after the other, in this order, each at most once per key.
 
     Raises:
-        ValueError: If two keys become one; the message names both.
+        UnknownLayoutError: If two keys become one; the message names both.
     """
     renamed: dict[str, T] = {}
     origin: dict[str, str] = {}
@@ -54,7 +55,9 @@ def strip_prefixes(state_dict: Mapping[str, T], prefixes: Sequence[str] = ("modu
         for prefix in prefixes:
             short = short.removeprefix(prefix)
         if short in renamed:
-            raise ValueError(f"keys {origin[short]!r} and {key!r} are both {short!r} without the prefixes {prefixes}")
+            raise UnknownLayoutError(
+                f"keys {origin[short]!r} and {key!r} are both {short!r} without the prefixes {prefixes}"
+            )
         renamed[short], origin[short] = value, key
     return renamed
 

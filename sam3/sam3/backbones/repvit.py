@@ -57,7 +57,7 @@ for _name, _student, _channels in (
             student_name=_student,
             timm_name=_name,
             key_family="repvit",
-            classifier_prefixes=("head.",),
+            classifier_prefixes=("head.", "classifier."),
             fold=_fold_branches,
         )
     )

@@ -9,7 +9,6 @@ mode) would be used with an old bias.
 
 from __future__ import annotations
 
-import itertools
 from functools import cache
 from typing import Any
 
@@ -57,9 +56,9 @@ def bias_table_index(height: int, width: int) -> Tensor:
     Returns:
         (N, N) int64 on the CPU, N = height * width.
     """
-    points = list(itertools.product(range(height), range(width)))
-    rows = [[abs(y1 - y2) * width + abs(x1 - x2) for y2, x2 in points] for y1, x1 in points]
-    return torch.tensor(rows, dtype=torch.long, device="cpu")
+    y = torch.arange(height, device="cpu").repeat_interleave(width)
+    x = torch.arange(width, device="cpu").repeat(height)
+    return (y[:, None] - y).abs() * width + (x[:, None] - x).abs()
 
 
 def _forward_taps(network: Any, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
