@@ -16,6 +16,9 @@ from sam3.preprocess import Preprocess
 from sam3_train.config import training_defaults
 from sam3_train.errors import UserError
 
+RANDOM_INIT = "random"
+"""MODEL.PRETRAINED for fresh weights: they have to be asked for by this name."""
+
 
 def get_defaults() -> CfgNode:
     """A fresh tree with every setting of stage 1 at its default.
