@@ -1,0 +1,271 @@
+"""From a training checkpoint and SAM 3's weights to one proven file.
+
+The splice itself is `sam3.checkpoint_merge.merge_student`. Here: what to read, what to fold, what to write down about
+the result, and the proof. SAM 3's weights are memory-mapped and streamed to the new file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sam3.checkpoint_io import CheckpointError, read_state_dict, sha256_file, write_merged
+from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX, student_from_published, student_to_published
+from sam3.checkpoint_merge import MergeError, MergeReport, merge_student, require_representable, shapes_of, with_dot
+from sam3.config import Sam3Config
+from sam3.loading import load_model
+from sam3.model.student_encoder import StudentEncoder, build_student, fuse_for_inference
+from sam3.model_builder import build_trunk
+from sam3.released_names import released_layout
+from sam3_train.config import package_versions
+from sam3_train.errors import UserError
+from stage1.student_checkpoint import StudentCheckpoint, read_student
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SUFFIXES = (".pt", ".pth", ".safetensors")
+TOLERANCE = 1e-4
+"""Largest difference of trunk outputs, over the largest output, that rounding explains."""
+TOLERANCE_FUSED = 1e-3
+
+
+@dataclass(frozen=True)
+class MergeRequest:
+    """What to merge; see ``convert_stage1_weights.py --help``."""
+
+    student_path: Path
+    sam3_path: Path
+    output: Path
+    target_prefix: str = STUDENT_PREFIX
+    replace_prefix: str = TRUNK_PREFIX
+    dtype: str = "fp32"
+    fuse: bool = False
+    use_ema: bool | None = None
+    image: Path | None = None
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What was written and how it was proven."""
+
+    output: Path
+    report: MergeReport
+    num_bytes: int
+    trunk_error: float
+    """Largest difference between deployed and training-time trunk output, over the largest output."""
+
+    def lines(self) -> list[str]:
+        """The report, ending with the lines of Python that use the file."""
+        return [
+            *self.report.lines(),
+            f"checked: the loaded file's trunk gives the student's features (relative error {self.trunk_error:.1e})",
+            f"wrote {self.output} ({self.num_bytes / 1e6:.1f} MB). Use it:",
+            "",
+            "    import numpy as np, sam3",
+            "    from PIL import Image",
+            f"    model = sam3.load_model({str(self.output)!r})",
+            "    predictor = model.inst_interactive_predictor",
+            '    predictor.set_image(Image.open("photo.jpg"))',
+            "    masks, ious, _ = predictor.predict(box=np.array([100, 150, 420, 380]), multimask_output=False)",
+        ]
+
+
+def merge_files(request: MergeRequest) -> MergeResult:
+    """Read, splice, write aside, prove, and only then put the file at its place.
+
+    Raises:
+        UserError: If a flag or the student checkpoint is wrong, or the proof fails; nothing is left at the output.
+        CheckpointError: If the SAM 3 file cannot be read or does not fit.
+    """
+    _check_request(request)
+    checkpoint = read_student(request.student_path, request.use_ema)
+    trained = build_trained_student(checkpoint)
+    deployed = fuse_for_inference(trained) if request.fuse else trained
+    model = checkpoint.model.replace(student=deployed.student)
+    weights = student_to_published(deployed.state_dict(), deployed.student.backbone)
+    dtype = DTYPES[request.dtype]
+    sam3, _ = read_state_dict(request.sam3_path)
+    merged, report = splice(weights, released_layout(sam3, str(request.sam3_path)), model, request)
+    try:
+        require_representable(merged, dtype)
+    except MergeError as error:
+        raise UserError(str(error)) from None
+    # The final suffix stays, because it decides the format.
+    aside = request.output.with_name(f".{request.output.stem}.{os.getpid()}.unproven{request.output.suffix}")
+    try:
+        write_merged(aside, merged, _metadata(request, checkpoint, model), dtype)
+        trunk_error = prove(aside, checkpoint, trained, dtype, request)
+        os.replace(aside, request.output)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {request.output}: {error}; free some space or choose another --output"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+    return MergeResult(request.output, report, request.output.stat().st_size, trunk_error)
+
+
+def _check_request(request: MergeRequest) -> None:
+    problems = []
+    if request.output.suffix not in SUFFIXES:
+        problems.append(f"--output {request.output}: the name must end in one of {', '.join(SUFFIXES)}")
+    if request.output.is_dir():
+        problems.append(f"--output {request.output} is a folder; name a file in it")
+    for flag, path in (("--student-ckpt", request.student_path), ("--sam3-ckpt", request.sam3_path)):
+        if not path.is_file():
+            problems.append(f"{flag}: there is no file {path}")
+        elif request.output.exists() and path.samefile(request.output):
+            problems.append(f"--output {request.output} is the {flag} itself; choose another name")
+    if request.image is not None and not request.image.is_file():
+        problems.append(f"--image: there is no file {request.image}")
+    if problems:
+        raise UserError.from_problems("nothing was merged", problems)
+
+
+def build_trained_student(checkpoint: StudentCheckpoint) -> StudentEncoder:
+    """The student as it was in training, in eval mode on the CPU.
+
+    Raises:
+        UserError: If the weights are not those of the described student.
+    """
+    assert checkpoint.model.student is not None
+    student = build_student(checkpoint.model).eval()
+    expected = shapes_of(student_to_published(student.state_dict(), checkpoint.model.student.backbone))
+    found = shapes_of(checkpoint.weights)
+    if expected != found:
+        differing = sorted(expected.items() ^ found.items())
+        raise UserError(
+            f"{checkpoint.path}: the weights are not those of {checkpoint.model.student.backbone}: "
+            f"{len(found)} keys, expected {len(expected)}; first difference {differing[0][0]}"
+        )
+    student.load_state_dict(student_from_published(checkpoint.weights, checkpoint.model.student.backbone))
+    return student.requires_grad_(False)
+
+
+def splice(
+    student: Mapping[str, Tensor], sam3: Mapping[str, Tensor], model: Sam3Config, request: MergeRequest
+) -> tuple[dict[str, Tensor], MergeReport]:
+    """`merge_student` with the key sets that the model description demands.
+
+    Raises:
+        UserError: If anything does not fit.
+    """
+    assert model.student is not None
+    with torch.device("meta"):
+        trunk = build_trunk(model.replace(student=None)).state_dict()
+    expected_trunk = shapes_of(trunk)
+    # Rotary tables are recomputed on loading; files that cannot hold complex numbers leave them out.
+    prefix = with_dot(request.replace_prefix)
+    if not any(key.startswith(prefix) and key.endswith(".freqs_cis") for key in sam3):
+        expected_trunk = {key: shape for key, shape in expected_trunk.items() if not key.endswith(".freqs_cis")}
+    expected_student = shapes_of(student_to_published(build_student(model).state_dict(), model.student.backbone))
+    try:
+        return merge_student(
+            student, sam3, expected_student, expected_trunk, request.target_prefix, request.replace_prefix
+        )
+    except MergeError as error:
+        raise UserError(f"{request.student_path} and {request.sam3_path} cannot be merged: {error}") from None
+
+
+def _metadata(request: MergeRequest, checkpoint: StudentCheckpoint, model: Sam3Config) -> dict[str, Any]:
+    return {
+        "variant": checkpoint.name,
+        "model": model.to_dict(),
+        "preprocess": checkpoint.preprocess.to_dict(),
+        "dtype": request.dtype,
+        "provenance": {
+            "teacher_file": request.sam3_path.name,
+            "teacher_sha256": sha256_file(request.sam3_path),
+            "student_file": request.student_path.name,
+            "student_sha256": sha256_file(request.student_path),
+            "is_ema": checkpoint.is_ema,
+            "epoch": checkpoint.epoch,
+            "step": checkpoint.step,
+            "metrics": checkpoint.metrics,
+            "config": checkpoint.config,
+            "versions": package_versions(("efficientsam3", "torch", "timm")),
+        },
+    }
+
+
+@torch.no_grad()
+def prove(
+    path: Path, checkpoint: StudentCheckpoint, trained: StudentEncoder, dtype: torch.dtype, request: MergeRequest
+) -> float:
+    """Load a merged file as a user would and compare it with the student as it was in training.
+
+    Args:
+        path: The merged file.
+        checkpoint: Where the student came from; its preprocessing has to be the deployed one.
+        trained: The student, unfolded.
+        dtype: What the weights were stored in: the comparison rounds the student's weights alike.
+        request: Names the files in messages, and says whether the student was folded.
+
+    Returns:
+        Largest difference of the trunk outputs over the largest output.
+
+    Raises:
+        UserError: If the outputs differ by more than rounding explains, or masks are not finite.
+    """
+    try:
+        deployed = load_model(path, device="cpu", dtype=torch.float32)
+    except CheckpointError as error:
+        raise UserError(
+            f"the merged file does not load: {str(error).replace(str(path), str(request.output))}"
+        ) from None
+    image = _proof_image(request.image)
+    checkpoint.preprocess.require_equal(deployed.preprocess, "the training checkpoint", "the merged model")
+    pixels = deployed.preprocess(image)[None]
+    output = deployed.backbone.vision_backbone.trunk(pixels)[-1]
+    expected = _rounded(trained, dtype)(pixels)
+    difference = float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    # Folding multiplies weights before they are rounded, so a folded half-precision student rounds differently.
+    limit = TOLERANCE_FUSED if request.fuse else TOLERANCE
+    if request.fuse:
+        limit = max(limit, 8 * torch.finfo(dtype).eps)
+    if not difference <= limit:
+        raise UserError(
+            f"{request.output} was not written: its trunk differs from the trained student by {difference:.1e} of "
+            f"its largest output (limit {limit:.0e})"
+        )
+    _require_masks(deployed, image)
+    return difference
+
+
+def _rounded(student: StudentEncoder, dtype: torch.dtype) -> StudentEncoder:
+    if dtype == torch.float32:
+        return student
+    rounded = build_student_like(student)
+    state = {k: v.to(dtype).float() if v.is_floating_point() else v for k, v in student.state_dict().items()}
+    rounded.load_state_dict(state)
+    return rounded
+
+
+def build_student_like(student: StudentEncoder) -> StudentEncoder:
+    """Another student of the same description, in eval mode."""
+    return StudentEncoder(student.student, student.image_size_px, student.embed_dim, student.grid_size).eval()
+
+
+def _require_masks(model: Any, image: Image.Image) -> None:
+    width, height = image.size
+    predictor = model.inst_interactive_predictor
+    predictor.set_image(image)
+    box = np.array([width // 4, height // 4, 3 * width // 4, 3 * height // 4])
+    masks, ious, logits = predictor.predict(box=box, multimask_output=False)
+    if masks.shape[-2:] != (height, width) or not np.isfinite(logits).all() or not np.isfinite(ious).all():
+        raise UserError("the merged model gives no finite mask for a box: are the SAM 3 weights whole?")
+
+
+def _proof_image(path: Path | None) -> Image.Image:
+    if path is not None:
+        return Image.open(path).convert("RGB")
+    generator = np.random.default_rng(0)
+    coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
+    return coarse.resize((640, 480), Image.Resampling.BICUBIC)
