@@ -24,7 +24,7 @@ from sam3_train.errors import UserError
 from sam3_train.metrics import RunningMean
 from sam3_train.optim import build_optimizer, parameter_groups, set_lr
 from sam3_train.precision import autocast, pick_dtype
-from sam3_train.replicas import BatchNormStatistics, convert_sync_batchnorm
+from sam3_train.replicas import SYNCHRONIZED, BatchNormStatistics, convert_sync_batchnorm
 from sam3_train.rng import load_rng_state_dict, mix_seed, rng_state_dict, seed_everything
 from sam3_train.schedule import Schedule, build_schedule, lr_warning
 from sam3_train.task import Task, is_frozen, trainable_modules
@@ -69,12 +69,7 @@ class Learner:
         self.task = member.task.to(run.device)
         train = self.cfg.TRAIN
         if train.USE_SYNC_BN and run.world_size > 1:
-            if run.device.type != "cuda":
-                raise UserError(
-                    f"--use-sync-bn (TRAIN.USE_SYNC_BN) needs CUDA, this run is on {run.device.type}: "
-                    "leave it off or use one process"
-                )
-            convert_sync_batchnorm(self.task)
+            convert_sync_batchnorm(self.task, run.device)
         self.schedule: Schedule = build_schedule(train, steps_per_epoch, global_batch_size)
         groups = parameter_groups(self.task, train.WEIGHT_DECAY, self.task.lr_scale, self.task.has_weight_decay)
         self.optimizer = build_optimizer(groups, train, run.device)
@@ -240,7 +235,7 @@ class Learner:
         """Whether per-rank BatchNorm statistics play a role."""
         return any(
             isinstance(part, nn.modules.batchnorm._BatchNorm)
-            and not isinstance(part, nn.SyncBatchNorm)
+            and not isinstance(part, SYNCHRONIZED)
             and not is_frozen(part)
             for part in trainable_modules(self.task)
         )

@@ -283,7 +283,7 @@ class _Trainer:
             log.warn(warning)
         if self.run.world_size > 1 and layout.micro_batch_size < 8 and learner.has_batchnorm():
             log.warn(
-                f"BatchNorm sees {layout.micro_batch_size} images per process; --use-sync-bn (CUDA) or "
+                f"BatchNorm sees {layout.micro_batch_size} images per process; --use-sync-bn or "
                 "TRAIN.EVAL_BN_WHEN_TRAINING may train better"
             )
 

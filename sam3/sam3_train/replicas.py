@@ -8,10 +8,14 @@ from torch import Tensor, nn
 
 from sam3_train.distributed import world_size
 from sam3_train.errors import UserError
+from sam3_train.sync_batchnorm import GlobalBatchNorm2d, synchronized
 from sam3_train.task import is_frozen, trainable_modules
 
+SYNCHRONIZED = (nn.SyncBatchNorm, GlobalBatchNorm2d)
+"""BatchNorms whose statistics span all ranks already."""
 
-def convert_sync_batchnorm(module: nn.Module) -> int:
+
+def convert_sync_batchnorm(module: nn.Module, device: torch.device) -> int:
     """Replace BatchNorm inside trainable parts by one whose statistics span all ranks.
 
     Returns:
@@ -21,11 +25,11 @@ def convert_sync_batchnorm(module: nn.Module) -> int:
     for name, child in module.named_children():
         if is_frozen(child):
             continue
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
-            setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SYNCHRONIZED):
+            setattr(module, name, synchronized(child, device))
             replaced += 1
         else:
-            replaced += convert_sync_batchnorm(child)
+            replaced += convert_sync_batchnorm(child, device)
     return replaced
 
 

@@ -65,21 +65,19 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), rate)
 
 
-def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """Make every BatchNorm2d of a module use the statistics of all ranks; names and values do not change.
+def synchronized(norm: nn.Module, device: torch.device) -> nn.Module:
+    """A BatchNorm that does what ``norm`` does with statistics over all ranks; parameters and buffers are shared.
 
     Args:
-        module: Changed in place on the CPU; use the returned module.
-        device: Where it will train: CUDA takes torch's own fused version.
+        norm: Any BatchNorm on CUDA, where torch's own fused version is taken; elsewhere a BatchNorm2d.
+        device: Where it will train.
 
     Raises:
-        ValueError: If a subclass of BatchNorm2d is met whose extra work would be lost.
+        ValueError: If it is of a kind whose extra work would be lost.
     """
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for name, child in module.named_modules():
-        if type(child) is nn.BatchNorm2d:
-            child.__class__ = GlobalBatchNorm2d
-        elif isinstance(child, nn.BatchNorm2d) and not isinstance(child, GlobalBatchNorm2d):
-            raise ValueError(f"{name}: {type(child).__name__} cannot be synchronised on {device}")
-    return module
+        return nn.SyncBatchNorm.convert_sync_batchnorm(norm)
+    if type(norm) is not nn.BatchNorm2d:
+        raise ValueError(f"{type(norm).__name__} cannot be synchronised on {device}, only BatchNorm2d")
+    norm.__class__ = GlobalBatchNorm2d
+    return norm
