@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import signal
-import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from yacs.config import CfgNode
 
 from sam3_train.data.bad_images import BadImageLog, read_bad_images
 from sam3_train.data.image_index import ImageIndex, build_image_index
+from sam3_train.data.process_pool import process_context
 from sam3_train.errors import UserError
 from stage1.data.sa1b_dataset import Stage1Dataset
 
@@ -76,7 +76,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class Stage1Loader(DataLoader[dict[str, Any]]):
-    """A data loader that follows its sampler's epoch and accounts for unreadable images."""
+    """A data loader that follows its sampler's epoch, reports errors of its workers and accounts for bad images."""
 
     bad_log: BadImageLog | None = None
 
@@ -84,7 +84,11 @@ class Stage1Loader(DataLoader[dict[str, Any]]):
         epoch = getattr(self.sampler, "epoch", None)
         if epoch is not None and isinstance(self.dataset, Stage1Dataset):
             self.dataset.set_epoch(epoch)
-        for batch in super().__iter__():
+        # Started here and not when the first batch is asked for: workers decode while the caller prepares itself.
+        return self._checked(super().__iter__())
+
+    def _checked(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for batch in batches:
             if "error" in batch:
                 raise UserError(batch["error"])
             if self.bad_log is not None:
@@ -98,10 +102,11 @@ class Stage1Loader(DataLoader[dict[str, Any]]):
 
 
 def build_loader(
-    dataset: Stage1Dataset,
-    sampler: Sampler[int] | Iterable[int] | None,
-    batch_size: int,
+    dataset: Dataset[dict[str, Any]],
+    sampler: Sampler[int] | Iterable[int] | None = None,
+    batch_size: int = 1,
     *,
+    batches: Sequence[list[int]] | None = None,
     num_workers: int = 8,
     prefetch_factor: int = 2,
     pin_memory: bool = True,
@@ -111,9 +116,10 @@ def build_loader(
     """A loader whose workers live as long as it does.
 
     Args:
-        dataset: The images.
+        dataset: A `Stage1Dataset`, or several in a `ConcatDataset`.
         sampler: Positions in order; None takes all in index order.
         batch_size: Images per batch.
+        batches: Positions batch by batch, instead of ``sampler``, ``batch_size`` and ``drop_last``.
         num_workers: Processes; 0 loads in this one.
         prefetch_factor: Batches that each worker prepares ahead.
         pin_memory: Page-locked batches, where there is a CUDA device.
@@ -122,25 +128,25 @@ def build_loader(
             who finds them under ``bad`` and may meet batches without any image.
 
     Returns:
-        The loader; `collate` describes its batches.
+        The loader; `collate` describes its batches. Iterating raises `UserError` for what a worker could not do.
     """
+    order: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler, "drop_last": drop_last}
     workers: dict[str, Any] = {}
     if num_workers > 0:
         workers = {
             "prefetch_factor": prefetch_factor,
             "persistent_workers": True,
             "worker_init_fn": _start_worker,
-            # Forked workers share the index instead of each getting a copy.
-            "multiprocessing_context": "fork" if sys.platform == "linux" else None,
+            "multiprocessing_context": process_context(),
         }
     loader = Stage1Loader(
         dataset,
-        batch_size=batch_size,
-        sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
+        # Starting workers draws a seed; from a generator of its own, so that the run's random stream does not notice.
+        generator=torch.Generator(),
         pin_memory=pin_memory and torch.cuda.is_available(),
-        drop_last=drop_last,
+        **(order if batches is None else {"batch_sampler": batches}),
         **workers,
     )
     loader.bad_log = bad_log

@@ -35,24 +35,25 @@ def bad_image_limit(max_fraction: float, num_images: int) -> int:
 
 
 class BadImageLog:
-    """Writes down the unreadable images of a run and ends it when there are too many.
+    """Writes down the unreadable images that a process meets and ends the run when there are too many.
 
     Args:
         path: The list to append to; made on the first bad image. None keeps the list in memory only.
-        limit: Distinct bad images that are tolerated.
+        limit: Distinct bad images that are tolerated. What an earlier run listed counts only if it is met again.
     """
 
     def __init__(self, path: str | Path | None, limit: int) -> None:
         self.path = None if path is None else Path(path)
         self.limit = limit
-        self.reasons = {} if self.path is None else read_bad_images(self.path)
-        self._num_before = len(self.reasons)
+        self.reasons: dict[str, str] = {}
+        """What this process has met: reason by key."""
+        self._listed = set() if self.path is None else set(read_bad_images(self.path))
 
     def record(self, bad: Iterable[tuple[str, str]]) -> None:
         """Note some (key, reason) pairs; keys that are already known are passed over.
 
         Raises:
-            UserError: If more images are bad than the limit allows.
+            UserError: If more images are bad than the limit allows, or the list cannot be written.
         """
         fresh = {key: " ".join(reason.split()) for key, reason in bad if key not in self.reasons}
         if not fresh:
@@ -61,20 +62,23 @@ class BadImageLog:
         for reason in fresh.values():
             _log.warning("skipped: %s", reason)
         if self.path is not None:
-            self._append("".join(f"{key}\t{reason}\n" for key, reason in fresh.items()))
+            self._append("".join(f"{key}\t{reason}\n" for key, reason in fresh.items() if key not in self._listed))
         if len(self.reasons) > self.limit:
             listed = f"; they are listed in {self.path}" if self.path else ""
             raise UserError(
                 f"{len(self.reasons)} unreadable images, more than the {self.limit} that DATA.MAX_BAD_FRACTION allows"
-                f"{listed}. Repair them or raise the limit; the newest: {reason}"
+                f"{listed}. Repair them, leave them out (DATA.BAD_IMAGES) or raise the limit; the newest: {reason}"
             )
 
     def _append(self, text: str) -> None:
         assert self.path is not None
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write call on an O_APPEND descriptor, so that the lines of several ranks do not mix.
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(descriptor, text.encode())
-        finally:
-            os.close(descriptor)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # One write call on an O_APPEND descriptor, so that the lines of several ranks do not mix.
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                os.write(descriptor, text.encode())
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from error

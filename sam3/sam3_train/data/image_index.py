@@ -6,6 +6,7 @@ limit; all of that depends on the names alone. Annotations are not read here: di
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +18,7 @@ from sam3_train.data.decode import decode_image
 from sam3_train.data.image_files import scan_folder
 from sam3_train.data.packed_strings import PackedStrings
 from sam3_train.data.splits import DEFAULT_VAL_FRACTION, SPLITS, split_indices, subset_indices
+from sam3_train.distributed import all_gather_object
 from sam3_train.errors import UserError
 
 KINDS = ("sa1b", "sa1b_tar", "coco", "folder")
@@ -106,6 +108,22 @@ class ImageIndex:
         if not positions:
             return self
         return self.select(np.setdiff1d(np.arange(len(self)), np.array(positions, np.int64)))
+
+
+def require_same_on_all_ranks(index: ImageIndex) -> None:
+    """Check that all ranks list the same images in the same order. Collective.
+
+    Raises:
+        UserError: If the machines see different images; the message names one of each kind.
+    """
+    seen = all_gather_object((socket.gethostname(), len(index), index.sha256))
+    first = seen[0]
+    for rank, other in enumerate(seen):
+        if other[1:] != first[1:]:
+            raise UserError(
+                f"{index.root}: rank 0 on {first[0]} lists {first[1]} {index.split} images ({first[2][:12]}), rank "
+                f"{rank} on {other[0]} {other[1]} ({other[2][:12]}): give all machines the same data set"
+            )
 
 
 def build_image_index(
