@@ -16,7 +16,7 @@ from sam3.model.student_encoder import StudentEncoder, build_student
 from sam3.model.student_init import init_backbone_from
 from sam3.preprocess import Preprocess
 from sam3_train.data.bad_images import BAD_IMAGES_FILE, BadImageLog, bad_image_limit
-from sam3_train.data.image_index import ImageIndex
+from sam3_train.data.image_index import ImageIndex, require_same_on_all_ranks
 from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler
 from sam3_train.distributed import RunContext, barrier, broadcast_object
 from sam3_train.learner import Member
@@ -58,8 +58,10 @@ def build_source(cfg: CfgNode, data: TrainingData, run: RunContext, output: Path
 
     Raises:
         CheckpointError: If an online teacher's weights do not fit.
-        UserError: If too many images are unreadable.
+        UserError: If too many images are unreadable, or the ranks see different images.
     """
+    for index in filter(None, (data.train, data.val)):
+        require_same_on_all_ranks(index)
     if data.store is None:
         teacher = Teacher.from_config(cfg, run.device)
         prepare, description = online_features(teacher), dict(teacher.description)
@@ -109,7 +111,7 @@ def _measure_scale(
     if run.is_main:
         count = min(cfg.DISTILL.STATISTICS_IMAGES, len(data.train))
         dataset = _loader(cfg, data, data.train, range(count), bad_log, drop_last=False).dataset
-        loader = build_loader(dataset, range(count), min(8, count), num_workers=0, bad_log=bad_log)  # type: ignore[arg-type]
+        loader = build_loader(dataset, range(count), min(8, count), num_workers=0, bad_log=bad_log)
 
         def features() -> Iterator[tuple[Tensor, Tensor]]:
             for batch in loader:
