@@ -79,6 +79,7 @@ def training_run(device: str | None = None, timeout_s: float = 1800.0) -> Iterat
     except BaseException as error:
         # The group is left as it is: closing it may wait for ranks that sit in a collective operation.
         error.report_on_this_rank = watch.report(exit_code_of(error))  # type: ignore[attr-defined]
+        error.exit_code = watch.failure_code  # type: ignore[attr-defined]
         raise
     watch.close()
     dist.destroy_process_group()

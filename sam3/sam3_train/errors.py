@@ -49,6 +49,9 @@ def user_error_types() -> tuple[type[BaseException], ...]:
 
 def exit_code_of(error: BaseException) -> int:
     """The exit code that a command ends with when ``error`` reaches `run_cli`."""
+    agreed = getattr(error, "exit_code", None)  # set by training_run: what all ranks end with
+    if isinstance(agreed, int):
+        return agreed
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else EXIT_BUG if error.code else EXIT_DONE
     if isinstance(error, (Interrupted, KeyboardInterrupt)):
@@ -83,7 +86,7 @@ def run_cli(main_body: MainBody, argv: list[str] | None = None) -> int:
 
 
 def _report(error: Exception, code: int) -> None:
-    if code == EXIT_BUG:
+    if code == EXIT_BUG and not isinstance(error, user_error_types()):
         traceback.print_exception(error)
     elif code == EXIT_USER_ERROR:
         print(f"error: {error}", file=sys.stderr)

@@ -20,7 +20,11 @@ import time
 
 import torch.distributed as dist
 
+from sam3_train.errors import EXIT_BUG
+
 _CONNECT_TIMEOUT_S = 20.0
+_NEWS_TIME_S = 1.0
+"""How long a failing rank waits to hear whether another one failed before it."""
 _PRINT_TIME_S = 5.0
 """How long a rank that fails has for its message before the others end."""
 
@@ -31,6 +35,7 @@ class FailureWatch:
     def __init__(self, rank: int, world_size: int) -> None:
         self.rank = rank
         self.world_size = world_size
+        self._is_single_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
         self._closing = threading.Event()
         self._lock = threading.Lock()
         self._peers: dict[socket.socket, int] = {}
@@ -45,17 +50,17 @@ class FailureWatch:
         watch = cls(rank, world_size)
         if world_size == 1:
             return watch
-        single_node = os.environ.get("LOCAL_WORLD_SIZE") == str(world_size)
         address: list[object] = [None, None]
         if rank == 0:
-            watch._listener = socket.create_server(("127.0.0.1" if single_node else "", 0), backlog=world_size)
+            interface = "127.0.0.1" if watch._is_single_node else ""
+            watch._listener = socket.create_server((interface, 0), backlog=world_size)
             watch._token = secrets.token_hex(16)
             address = [watch._listener.getsockname()[1], watch._token]
         dist.broadcast_object_list(address, src=0)
         if rank == 0:
             watch._accept_all()
         else:
-            host = "127.0.0.1" if single_node else os.environ.get("MASTER_ADDR", "127.0.0.1")
+            host = "127.0.0.1" if watch._is_single_node else os.environ.get("MASTER_ADDR", "127.0.0.1")
             watch._connect(host, int(str(address[0])), str(address[1]))
         watch._thread = threading.Thread(target=watch._watch, name="failure-watch", daemon=True)
         watch._thread.start()
@@ -67,6 +72,9 @@ class FailureWatch:
         Returns:
             True if this rank is the first to fail, so that it should print its message.
         """
+        if code == EXIT_BUG and self._peers:
+            # A broken connection to a rank that has just died raises here, too; its death is the message that counts.
+            time.sleep(_NEWS_TIME_S)
         with self._lock:
             if self._failure is not None:
                 return False
@@ -77,13 +85,18 @@ class FailureWatch:
         threading.Thread(target=_end_after, args=(code, 4 * _PRINT_TIME_S), daemon=True).start()
         if self.rank != 0:
             # Another rank's message may be on its way; rank 0 echoes the first failure it has heard of.
-            deadline = time.monotonic() + 1.0
+            deadline = time.monotonic() + _NEWS_TIME_S
             while self._thread is not None and self._thread.is_alive() and time.monotonic() < deadline:
                 with self._lock:
                     if self._failure is not None and self._failure[1] != self.rank:
                         return False
                 time.sleep(0.02)
         return True
+
+    @property
+    def failure_code(self) -> int | None:
+        """Exit code of the failure that ends the run, once there is one."""
+        return self._failure[0] if self._failure is not None else None
 
     def close(self) -> None:
         """Leave the watch in good order: what happens to this rank from now on is no failure."""
@@ -173,7 +186,8 @@ class FailureWatch:
             if self._failure is not None or self._closing.is_set():
                 return
             self._failure = (1, dead_rank)
-        if self.rank == 0 or (dead_rank == 0 and self.rank == 1):
+        # On a single machine the launcher sees a process die, and says so.
+        if not self._is_single_node and (self.rank == 0 or (dead_rank == 0 and self.rank == 1)):
             print(
                 f"error: rank {dead_rank} of {self.world_size} died without a message (killed, or out of memory?); "
                 "ending all ranks. Start the same command again to continue from the last checkpoint.",
