@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sam3_train.checkpoint import CheckpointManager, load_checkpoint, load_common
 from sam3_train.config import config_changes, config_to_dict, package_versions
+from sam3_train.distributed import RunContext, broadcast_object
 from sam3_train.errors import UserError
-from sam3_train.learner import Counters, Learner
+from sam3_train.learner import Counters, Learner, Member
 from sam3_train.optim import load_optimizer_state
 
 FORMAT_VERSION = 1
@@ -40,6 +43,42 @@ class BatchLayout:
     def global_batch_size(self) -> int:
         """Images per optimizer step."""
         return self.micro_batch_size * self.accumulation_steps * self.world_size
+
+
+def find_checkpoints(
+    members: Sequence[Member], run: RunContext
+) -> tuple[list[CheckpointManager], list[tuple[Path, dict[str, Any]]] | None]:
+    """Find what to continue from. Collective.
+
+    Rank 0 looks and reads, the others get its answer: a folder that only rank 0's machine has is enough.
+
+    Returns:
+        The members' checkpoint managers (rank 0 only), and (path, content) for each member or None for a new run.
+
+    Raises:
+        UserError: If there is a run that may not be continued, or no checkpoint of it can be read.
+    """
+    if not run.is_main:
+        return [], broadcast_object(None)
+    managers = [CheckpointManager(m.output, m.cfg.TRAIN.KEEP_LAST, m.cfg.TRAIN.KEEP_EVERY) for m in members]
+    explicit = [member.resume for member in members if member.resume is not None]
+    found: list[tuple[Path, dict[str, Any]]] | None = None
+    if explicit:
+        if len(explicit) != len(members):
+            raise UserError("--resume must name a checkpoint for each student, or for none")
+        found = [(path, load_checkpoint(path)) for path in explicit]
+        for manager in managers:
+            manager.forget()
+    elif members[0].cfg.TRAIN.AUTO_RESUME:
+        found = load_common(managers)
+    else:
+        for manager in managers:
+            if manager.newest is not None:
+                raise UserError(
+                    f"{manager.folder} already holds a run ({manager.newest['file']}) and TRAIN.AUTO_RESUME is off: "
+                    "choose another --output, or continue it"
+                )
+    return managers, broadcast_object(found)
 
 
 @dataclass
