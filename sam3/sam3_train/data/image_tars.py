@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tarfile
+import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +158,7 @@ def _read_table(path: Path, stamp: np.ndarray) -> TarTable | None:
                 return None
             keys = PackedStrings(arrays["keys"], arrays["key_offsets"])
             return TarTable(keys, arrays["suffix_codes"], arrays["offsets"], arrays["sizes"])
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # missing, or cut off by a crash: it is made again from the tar
 
 
@@ -241,9 +242,7 @@ class TarsSource:
                 f"{self.tars[code]}: cannot be read ({error.strerror}); it was there at the start"
             ) from error
         if len(content) != size:
-            raise UserError(
-                f"{self.tars[code]}: {key}: read {len(content)} of {size} bytes; the tar changed since the start"
-            )
+            raise UserError(f"{self.tars[code]}: {key}: read {len(content)} of {size} bytes; the tar has changed")
         return content
 
     def _descriptor(self, code: int) -> int:
