@@ -6,7 +6,6 @@ encoder, necks and decoders are never built: 446 M parameters of the released 86
 
 from __future__ import annotations
 
-import contextlib
 from functools import cached_property
 
 import torch
@@ -17,23 +16,8 @@ from sam3.config import Sam3Config
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import state_dict_sha256
 from sam3_train.errors import UserError
+from sam3_train.precision import autocast, pick_dtype
 from stage1.config import preprocess_config, teacher_config
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def teacher_precision(cfg: CfgNode, device: torch.device) -> str:
-    """Name of the precision of the teacher's forward: bf16 on CUDA unless the config says otherwise, fp32 elsewhere.
-
-    Raises:
-        UserError: If ``AMP_DTYPE`` is unknown.
-    """
-    if cfg.AMP_DTYPE not in ("auto", *PRECISIONS):
-        raise UserError(f"AMP_DTYPE {cfg.AMP_DTYPE!r} is not one of auto, {', '.join(PRECISIONS)}")
-    if device.type != "cuda" or not cfg.AMP_ENABLE:
-        return "fp32"
-    # SAM 3 was trained in bf16; in fp16 its trunk can overflow.
-    return "bf16" if cfg.AMP_DTYPE == "auto" else cfg.AMP_DTYPE
 
 
 class Teacher:
@@ -46,7 +30,7 @@ class Teacher:
         config: The model it is part of.
         preprocess: What it expects of its images.
         device: Where it is.
-        precision: A name in `PRECISIONS`; other than fp32 the forward runs under autocast.
+        dtype: Other than float32 the forward runs under autocast.
     """
 
     def __init__(
@@ -55,13 +39,13 @@ class Teacher:
         config: Sam3Config,
         preprocess: Preprocess,
         device: torch.device,
-        precision: str = "fp32",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.trunk = trunk.to(device).eval().requires_grad_(False)
         self.config = config
         self.preprocess = preprocess
         self.device = device
-        self.precision = precision
+        self.dtype = dtype
 
     @classmethod
     def from_config(cls, cfg: CfgNode, device: torch.device) -> Teacher:
@@ -79,9 +63,10 @@ class Teacher:
                 f"MODEL.SAM3_CHECKPOINT is empty: only the preset sam3 has a file on the hub, not {config.name!r}; "
                 "name the teacher's checkpoint, e.g. data/demo/tiny_teacher.safetensors"
             )
-        precision = teacher_precision(cfg, device)
+        # SAM 3 was trained in bf16; in fp16 its trunk can overflow, so auto takes bf16 where there is one.
+        dtype = pick_dtype(cfg, device)
         trunk = build_sam3_trunk(cfg.MODEL.SAM3_CHECKPOINT or None, config=config, device=device)
-        return cls(trunk, config, preprocess_config(cfg), device, precision)
+        return cls(trunk, config, preprocess_config(cfg), device, dtype)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -94,14 +79,9 @@ class Teacher:
             float32, (B, C, G, G), on the teacher's device; values in the precision of the forward.
         """
         images = images.to(self.device, non_blocking=True)
-        with self._autocast():
+        with autocast(self.device, self.dtype):
             features = self.trunk(images)[-1]
         return features.float()
-
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, PRECISIONS[self.precision])
 
     @cached_property
     def sha256(self) -> str:
@@ -111,4 +91,4 @@ class Teacher:
     @property
     def description(self) -> dict[str, str]:
         """What an embedding store records about the teacher."""
-        return {"name": self.config.name, "sha256": self.sha256, "precision": self.precision}
+        return {"name": self.config.name, "sha256": self.sha256, "dtype": str(self.dtype).removeprefix("torch.")}

@@ -5,7 +5,7 @@ Writing: `begin_export` once, then `plan_rank` and an `EmbeddingWriter` per rank
 """
 
 from sam3_train.embeddings.codecs import CODECS, Codec, compare_embeddings, measure_distortion
-from sam3_train.embeddings.plan import RankPlan, StoreState, begin_export, plan_rank
+from sam3_train.embeddings.plan import RankPlan, StoreState, begin_export, count_missing, plan_rank
 from sam3_train.embeddings.reader import Coverage, EmbeddingStore
 from sam3_train.embeddings.spec import StoreError, StoreInfo, StoreSpec, key_order_sha256
 from sam3_train.embeddings.writer import EmbeddingWriter
@@ -23,6 +23,7 @@ __all__ = [
     "StoreState",
     "begin_export",
     "compare_embeddings",
+    "count_missing",
     "key_order_sha256",
     "measure_distortion",
     "plan_rank",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ import numpy as np
 
 from sam3_train.embeddings.codecs import Codec, Shape
 from sam3_train.embeddings.key_index import KeyIndex
-from sam3_train.embeddings.plan import require_no_stale_ranks
+from sam3_train.embeddings.plan import KeyList, require_no_stale_ranks
 from sam3_train.embeddings.rank_files import RankPaths, find_ranks, read_index, read_keys, read_quarantine
 from sam3_train.embeddings.spec import SEED_BYTES, StoreError, StoreInfo, StoreSpec, read_store_info
 
@@ -154,20 +154,21 @@ class EmbeddingStore:
         rank, record = self._locate(key)
         return struct.unpack_from("<i", self._map(rank), record * self.spec.record_bytes)[0]
 
-    def check_coverage(self, keys: Iterable[str]) -> Coverage:
+    def check_coverage(self, keys: KeyList) -> Coverage:
         """Which of ``keys`` have a record; to be called before any compute."""
-        missing, quarantined, count = [], {}, 0
-        for key in keys:
-            count += 1
-            if key in self:
+        missing: list[str] = []
+        quarantined: dict[str, str] = {}
+        is_there = self._index.holds(keys)
+        for key, found in zip(keys, is_there, strict=True):
+            if found:
                 continue
             if key in self.quarantined:
                 quarantined[key] = self.quarantined[key]
             else:
                 missing.append(key)
-        return Coverage(count, missing, quarantined)
+        return Coverage(len(is_there), missing, quarantined)
 
-    def require_coverage(self, keys: Iterable[str]) -> Coverage:
+    def require_coverage(self, keys: KeyList) -> Coverage:
         """`check_coverage`, with an error if a key is missing without a reason.
 
         Raises:

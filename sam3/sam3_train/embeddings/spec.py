@@ -42,7 +42,7 @@ class StoreSpec:
     codec: str = "fp16"
     """A name in `sam3_train.embeddings.codecs.CODECS`."""
     teacher: dict[str, Any] = field(default_factory=dict)
-    """``sha256`` of the trunk's weights, ``name`` of the model description and ``precision`` of the forward."""
+    """``sha256`` of the trunk's weights, ``name`` of the model description and ``dtype`` of the forward."""
     preprocess: dict[str, Any] = field(default_factory=dict)
     """``Preprocess.to_dict()`` of what the teacher saw."""
     augmentation: dict[str, Any] | None = None

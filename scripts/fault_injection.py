@@ -1,0 +1,184 @@
+"""Kill runs at random moments, resume them, and compare the result with that of a run that was left alone.
+
+    python scripts/fault_injection.py export --kills 20
+
+Each run is a forked child that executes the stage's own command; it is killed with SIGKILL (kill -9), which no handler
+sees. Prints a line per kill and a summary; exit code 1 if any result differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from sam3_train.errors import run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+POLL_S = 0.002
+RECORD_KEEPERS = ("keys.txt", "values.bin", "quarantine.txt")  # the index holds the export's random id as well
+
+
+def run_and_kill(
+    main: Callable[[list[str]], int],
+    argv: list[str],
+    is_time: Callable[[], bool],
+    signal_number: int = signal.SIGKILL,
+    timeout_s: float = 300.0,
+) -> int:
+    """Run a command in a forked child and send it a signal when a condition holds.
+
+    Args:
+        main: The command's entry point.
+        argv: Its arguments.
+        is_time: Asked every 2 ms.
+        signal_number: What is sent, once.
+        timeout_s: A child that runs longer is killed and the run fails.
+
+    Returns:
+        The child's exit code, or the negative number of the signal that ended it.
+
+    Raises:
+        TimeoutError: If the child did not end in time.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            import torch
+
+            torch.set_num_threads(1)
+            code = main(argv)
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    start, is_sent = time.monotonic(), False
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if not is_sent and is_time():
+            os.kill(child, signal_number)
+            is_sent = True
+        if time.monotonic() - start > timeout_s:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise TimeoutError(f"the run did not end within {timeout_s:.0f} s")
+        time.sleep(POLL_S)
+
+
+def rank_bytes(directory: Path) -> dict[str, bytes]:
+    """The rank files of a store whose bytes do not depend on when it was made."""
+    return {
+        path.name: path.read_bytes() for path in sorted(directory.glob("rank*")) if path.name.endswith(RECORD_KEEPERS)
+    }
+
+
+def kill_exports(num_kills: int, folder: Path, num_images: int, seed: int) -> bool:
+    """Kill an export of the tiny preset ``num_kills`` times; begin a new store whenever one got finished.
+
+    Returns:
+        Whether every finished store has the bytes of the undisturbed one.
+    """
+    from stage1.save_embedding_stage1 import main as export
+
+    def argv(name: str) -> list[str]:
+        flags = ["--cfg", str(ROOT / "stage1/configs/teacher/demo_tiny.yaml"), "--device", "cpu"]
+        flags += ["--data-path", str(folder / "data"), "--output", str(folder / name)]
+        opts = ["MODEL.SAM3_CHECKPOINT", str(folder / "teacher.pt"), "DATA.NUM_WORKERS", "0", "DATA.BATCH_SIZE", "4"]
+        return [*flags, "--opts", *opts]
+
+    make_export_inputs(folder, num_images, seed)
+    start = time.monotonic()
+    if run_and_kill(export, argv("whole"), lambda: False):
+        raise RuntimeError("the undisturbed export failed")
+    whole_s = time.monotonic() - start
+    whole = rank_bytes(folder / "whole/embeddings")
+    chance, killed, store, all_same, num_finished = random.Random(seed), 0, 0, True, 0
+    while killed < num_kills or num_finished == 0:
+        moment = time.monotonic() + (chance.uniform(0.0, 0.6 * whole_s) if killed < num_kills else 1e9)
+        outcome = run_and_kill(export, argv(f"killed{store}"), lambda moment=moment: time.monotonic() > moment)
+        values = folder / f"killed{store}/embeddings/rank0-values.bin"
+        size = values.stat().st_size if values.exists() else 0
+        if outcome == -signal.SIGKILL:
+            killed += 1
+            print(f"kill {killed}: store {store} at {size:,} bytes", flush=True)
+            if killed < num_kills:
+                continue
+            outcome = run_and_kill(export, argv(f"killed{store}"), lambda: False)
+        if outcome:
+            raise RuntimeError(f"the resumed export ended with exit code {outcome}")
+        is_same = rank_bytes(folder / f"killed{store}/embeddings") == whole
+        all_same, num_finished, store = all_same and is_same, num_finished + 1, store + 1
+        print(f"store {store - 1} finished: {'the same bytes' if is_same else 'OTHER BYTES'}", flush=True)
+    print(
+        f"{killed} kills over {num_finished} stores of {num_images} images: {'all' if all_same else 'NOT all'} the same"
+    )
+    return all_same
+
+
+def make_export_inputs(folder: Path, num_images: int, seed: int) -> None:
+    """Photos of smooth noise, and a tiny teacher with random weights; made in a child, as torch and fork disagree."""
+    child = os.fork()
+    if child == 0:
+        try:
+            _make_export_inputs(folder, num_images, seed)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if os.waitpid(child, 0)[1]:
+        raise RuntimeError("could not make the inputs")
+
+
+def _make_export_inputs(folder: Path, num_images: int, seed: int) -> None:
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from sam3.checkpoint_keys import TRUNK_PREFIX
+    from sam3.model_builder import build_sam3_trunk
+
+    rng = np.random.default_rng(seed)
+    images = folder / "data/images/train"
+    images.mkdir(parents=True)
+    for number in range(num_images):
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((160, 120), Image.Resampling.BICUBIC).save(images / f"sa_{number}.jpg")
+    torch.manual_seed(seed)
+    trunk = build_sam3_trunk(config="tiny", load_from_HF=False, device="cpu")
+    state = {TRUNK_PREFIX + name: value for name, value in trunk.state_dict().items()}
+    torch.save({"model": state}, folder / "teacher.pt")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["export"], help="the run to disturb")
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="how often; default 20")
+    parser.add_argument("--images", type=int, default=60, metavar="N", help="size of the export; default 60")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the moments and the inputs")
+    return parser
+
+
+def _main(argv: list[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="fault-injection-") as folder:
+        return 0 if kill_exports(args.kills, Path(folder), args.images, args.seed) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; see the module's text."""
+    return run_cli(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""What an export reads: the images of one or more splits in one order, batch by batch as the plan says."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import ConcatDataset, DataLoader
+from yacs.config import CfgNode
+
+from sam3_train.data.augmentation import AugmentSpec
+from sam3_train.data.image_index import ImageIndex
+from sam3_train.data.packed_strings import PackedStrings
+from sam3_train.data.splits import SPLITS
+from sam3_train.errors import UserError
+from stage1.config import preprocess_config, teacher_config
+from stage1.data.build import collate, image_index_from_config
+from stage1.data.sa1b_dataset import Stage1Dataset
+
+
+@dataclass(frozen=True)
+class ExportData:
+    """Images of all chosen splits, one behind the other."""
+
+    indices: list[ImageIndex]
+    keys: PackedStrings
+    dataset: ConcatDataset[dict[str, Any]]
+    augment: AugmentSpec | None
+
+    def describe(self) -> str:
+        """``100 train + 10 val images``."""
+        return " + ".join(f"{len(index)} {index.split}" for index in self.indices) + " images"
+
+
+def augment_config(cfg: CfgNode) -> AugmentSpec | None:
+    """The views that a config asks for; None for the whole image.
+
+    Raises:
+        UserError: If a value is impossible.
+    """
+    if cfg.DISTILL.NO_RAND:
+        return None
+    try:
+        return AugmentSpec(cfg.DISTILL.FLIP_PROB, cfg.DISTILL.MIN_CROP_AREA)
+    except ValueError as error:
+        raise UserError(f"DISTILL: {error}") from None
+
+
+def parse_splits(text: str) -> list[str]:
+    """Splits of a comma-separated list.
+
+    Raises:
+        UserError: If a name is unknown or occurs twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    wrong = [name for name in names if name not in SPLITS or names.count(name) > 1]
+    if wrong:
+        raise UserError(f"--split {text}: {wrong[0]!r} is unknown or there twice; choose from {', '.join(SPLITS)}")
+    return names
+
+
+def build_export_data(cfg: CfgNode, splits: Sequence[str], may_lack_val: bool) -> ExportData:
+    """Find the images and describe how they become inputs.
+
+    Args:
+        cfg: Stage-1 config.
+        splits: Names of the splits, in order.
+        may_lack_val: A data set without a val split exports the others; otherwise it is an error.
+
+    Raises:
+        UserError: If the data set is not there, or no image is left.
+    """
+    indices = []
+    for split in splits:
+        try:
+            indices.append(image_index_from_config(cfg.DATA, split))
+        except UserError:
+            if split != "val" or not may_lack_val:
+                raise
+    if not indices:
+        raise UserError(f"{cfg.DATA.DATA_PATH}: no images of the splits {', '.join(splits)} (DATA.DATA_PATH)")
+    preprocess, augment = preprocess_config(cfg), augment_config(cfg)
+    grid_size = teacher_config(cfg).grid_size
+    datasets = [
+        Stage1Dataset(index, preprocess, "export", grid_size, augment=augment, seed=cfg.SEED) for index in indices
+    ]
+    return ExportData(indices, join_keys([index.keys for index in indices]), ConcatDataset(datasets), augment)
+
+
+def join_keys(parts: Sequence[PackedStrings]) -> PackedStrings:
+    """Lists of keys one behind the other."""
+    starts = np.cumsum([0, *(len(part.buffer) for part in parts)])
+    offsets = [part.offsets[:-1] + start for part, start in zip(parts, starts, strict=False)]
+    return PackedStrings(np.concatenate([part.buffer for part in parts]), np.concatenate([*offsets, starts[-1:]]))
+
+
+def build_export_loader(cfg: CfgNode, data: ExportData, batches: list[list[int]]) -> DataLoader[dict[str, Any]]:
+    """A loader that yields exactly the planned batches, in order; unreadable images stand under ``bad``."""
+    workers: dict[str, Any] = {}
+    if cfg.DATA.NUM_WORKERS > 0:
+        workers = {"prefetch_factor": cfg.DATA.PREFETCH_FACTOR, "worker_init_fn": start_worker}
+    return DataLoader(
+        data.dataset,
+        batch_sampler=batches,
+        num_workers=cfg.DATA.NUM_WORKERS,
+        collate_fn=collate,
+        pin_memory=cfg.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        **workers,
+    )
+
+
+def start_worker(worker_id: int) -> None:
+    """One thread per worker; a stop signal is the main process's business, which still needs the workers then."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

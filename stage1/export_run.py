@@ -1,0 +1,248 @@
+"""One export from its settings to a finished store: preflight, plan, loop, summary."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+import time
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from sam3_train.config import apply_flags, load_config, set_key, write_run_record
+from sam3_train.data.bad_images import BAD_IMAGES_FILE, BadImageLog, bad_image_limit
+from sam3_train.distributed import RunContext, all_gather_object, barrier
+from sam3_train.embeddings import (
+    CODECS,
+    EmbeddingStore,
+    EmbeddingWriter,
+    StoreError,
+    StoreSpec,
+    begin_export,
+    count_missing,
+    plan_rank,
+)
+from sam3_train.embeddings.spec import STORE_FILE
+from sam3_train.errors import Interrupted, UserError
+from sam3_train.log import RunLog
+from sam3_train.stop_signal import StopSignal
+from stage1.config import get_defaults, preprocess_config, teacher_config
+from stage1.export import ExportCounts, export_batches
+from stage1.export_data import ExportData, build_export_data, build_export_loader, parse_splits
+from stage1.export_report import (
+    ExportEstimate,
+    ExportProgress,
+    format_seconds,
+    free_bytes,
+    measure_seconds_per_image,
+    rank_result,
+    summary_lines,
+)
+from stage1.teacher import Teacher
+
+DEFAULT_OUTPUT = "output/stage1_teacher"
+EMBEDDINGS_FOLDER = "embeddings"
+KEEP_ALL_NUMBERS = 2**62
+
+
+def export_config(args: argparse.Namespace) -> CfgNode:
+    """The final config of a command line.
+
+    Raises:
+        UserError: If a key, type or value is wrong; all problems at once.
+    """
+    cfg = load_config(get_defaults(), args.cfg, args.opts)
+    apply_flags(cfg, args)
+    if not cfg.OUTPUT:
+        cfg.OUTPUT = DEFAULT_OUTPUT
+    if args.codec:
+        set_key(cfg, "DISTILL.CODEC", args.codec, "--codec")
+    problems = []
+    if cfg.MODEL.RESUME:
+        problems.append(
+            f"MODEL.RESUME (--resume) {cfg.MODEL.RESUME}: an export resumes by itself from what is in OUTPUT; the "
+            "teacher's weights are MODEL.SAM3_CHECKPOINT"
+        )
+    if cfg.DISTILL.CODEC not in CODECS:
+        problems.append(f"DISTILL.CODEC {cfg.DISTILL.CODEC!r} is not one of {', '.join(sorted(CODECS))}")
+    if cfg.DATA.BATCH_SIZE < 1 or cfg.DATA.NUM_WORKERS < 0 or cfg.DATA.PREFETCH_FACTOR < 1:
+        problems.append("DATA.BATCH_SIZE and PREFETCH_FACTOR must be at least 1, NUM_WORKERS at least 0")
+    checkpoint = cfg.MODEL.SAM3_CHECKPOINT
+    if checkpoint and not Path(checkpoint).is_file():
+        problems.append(
+            f"MODEL.SAM3_CHECKPOINT: there is no file {checkpoint}; download sam3.pt there, name another file, or set "
+            'it to "" to fetch the gated file from the hub'
+        )
+    if problems:
+        raise UserError.from_problems("export", problems)
+    return cfg
+
+
+def embeddings_folder(cfg: CfgNode) -> Path:
+    """Where the store is: below the run's folder, so that two runs never share one."""
+    return Path(cfg.OUTPUT) / EMBEDDINGS_FOLDER
+
+
+def export_spec(cfg: CfgNode, data: ExportData, teacher: Teacher | None) -> StoreSpec:
+    """The store's description; without a teacher only its sizes are final."""
+    return StoreSpec(
+        shape=teacher_config(cfg).embedding_shape,
+        codec=cfg.DISTILL.CODEC,
+        teacher={} if teacher is None else teacher.description,
+        preprocess=preprocess_config(cfg).to_dict(),
+        augmentation=None if data.augment is None else data.augment.to_dict(),
+    )
+
+
+def load_data(cfg: CfgNode, args: argparse.Namespace) -> ExportData:
+    """The images of ``--split``; by default train and, where there is one, val."""
+    splits = parse_splits(args.split or "train,val")
+    return build_export_data(cfg, splits, may_lack_val=not args.split)
+
+
+def estimate_export(cfg: CfgNode, data: ExportData, spec: StoreSpec) -> ExportEstimate:
+    """What is missing and whether it fits."""
+    directory = embeddings_folder(cfg)
+    num_missing = count_missing(directory, data.keys)
+    return ExportEstimate(len(data.keys), num_missing, spec.record_bytes, free_bytes(directory))
+
+
+def run_export(args: argparse.Namespace, run: RunContext) -> None:
+    """Export, on every rank.
+
+    Raises:
+        UserError: For anything the user can repair.
+        Interrupted: After SIGTERM or SIGINT, when all that was computed is stored.
+    """
+    cfg = export_config(args)
+    data = load_data(cfg, args)
+    spec = export_spec(cfg, data, None)
+    estimate = estimate_export(cfg, data, spec)
+    directory = embeddings_folder(cfg)
+    outlook = [f"{data.describe()} in {cfg.DATA.DATA_PATH} -> {directory}", *estimate.lines(spec)]
+    problem = estimate.problem(directory, spec)
+    if problem:
+        raise UserError(problem)
+    if args.dry_run:
+        if run.is_main:
+            print("\n".join(outlook), flush=True)
+        return
+    with StopSignal() as stop, open_log(cfg, run) as log:
+        for line in outlook:
+            log.info(line)
+        teacher = Teacher.from_config(cfg, run.device)
+        log.info(f"teacher {teacher.config.name} ({teacher.sha256[:12]}) on {run.device} in {teacher.dtype}")
+        prepare_store(cfg, data, export_spec(cfg, data, teacher), run, log)
+        if estimate.num_missing:
+            seconds = measure_seconds_per_image(teacher, cfg.DATA.BATCH_SIZE)
+            total = format_seconds(seconds * estimate.num_missing / run.world_size)
+            log.info(f"estimate: {1 / seconds:.2f} images/s per process, {total} in all")
+        results, seconds = export_rank(cfg, data, teacher, run, log, stop)
+        for line in summary_lines(results, seconds):
+            log.info(line)
+        if stop.requested:
+            raise Interrupted(f"stopped by {stop.requested}; what was exported is stored: the same command continues")
+        finish(data, directory, run, log)
+
+
+def open_log(cfg: CfgNode, run: RunContext) -> RunLog:
+    """The run's log; no numbers of earlier parts of the export are dropped."""
+    return RunLog(cfg.OUTPUT, run.is_main, tensorboard=False, resume_step=KEEP_ALL_NUMBERS)
+
+
+def prepare_store(cfg: CfgNode, data: ExportData, spec: StoreSpec, run: RunContext, log: RunLog) -> None:
+    """Create or repair the store on the main rank, then check that every rank sees it.
+
+    Raises:
+        StoreError: If the store is of other settings, or a node does not share the folder.
+    """
+    directory = embeddings_folder(cfg)
+    if run.is_main:
+        state = begin_export(directory, spec, data.keys, run.world_size, cfg.DATA.BATCH_SIZE)
+        if state.num_records:
+            log.info(f"continuing: {state.num_records:,} embeddings are there")
+        if state.num_cut:
+            log.warn(f"{state.num_cut} records at the end were incomplete and are made again")
+        extra = {
+            "world_size": run.world_size,
+            "num_images": {index.split: len(index) for index in data.indices},
+            "key_order_sha256": data.keys.sha256,
+            "store": spec.to_dict(),
+        }
+        write_run_record(cfg.OUTPUT, cfg, extra)
+    barrier()
+    require_shared_folder(directory, run)
+
+
+def require_shared_folder(directory: Path, run: RunContext, patience_s: float = 10.0) -> None:
+    """Check that every rank sees the store that the main rank has made; network file systems get some seconds.
+
+    Raises:
+        StoreError: On all ranks, naming the hosts that do not.
+    """
+    deadline = time.monotonic() + patience_s
+    mine = b""
+    seen: list[tuple[int, str, bytes]] = []
+    while True:
+        path = directory / STORE_FILE
+        mine = path.read_bytes() if path.exists() else b""
+        seen = all_gather_object((run.rank, socket.gethostname(), mine))
+        if all(content == seen[0][2] for _, _, content in seen):
+            return
+        late = all_gather_object(time.monotonic() > deadline)
+        if any(late):
+            break
+        time.sleep(0.5)
+    rank, host, _ = next(entry for entry in seen if entry[2] != seen[0][2])
+    raise StoreError(
+        f"{directory}: rank {rank} on {host} does not see the store of rank 0 on {seen[0][1]}: OUTPUT must be a folder "
+        "that all nodes share"
+    )
+
+
+def export_rank(
+    cfg: CfgNode, data: ExportData, teacher: Teacher, run: RunContext, log: RunLog, stop: StopSignal
+) -> tuple[list[dict[str, float]], float]:
+    """This rank's share of the export.
+
+    Returns:
+        The results of all ranks, and the seconds it took.
+    """
+    directory = embeddings_folder(cfg)
+    plan = plan_rank(directory, data.keys, run.rank, run.world_size)
+    limit = bad_image_limit(cfg.DATA.MAX_BAD_FRACTION, len(data.keys))
+    bad_log = BadImageLog(Path(cfg.OUTPUT) / BAD_IMAGES_FILE, limit)
+    loader = build_export_loader(cfg, data, plan.batches)
+    counts, start = ExportCounts(), time.monotonic()
+    with (
+        EmbeddingWriter(directory, run.rank) as writer,
+        ExportProgress(log, plan.num_missing, writer, run.world_size) as progress,
+    ):
+        args = (writer, plan.done_keys, bad_log, stop, cfg.DATA.BATCH_SIZE)
+        for counts in export_batches(teacher, loader, *args):
+            progress.update(counts)
+    mine = rank_result(counts, writer)
+    if stop.requested:
+        # The other ranks may still be at work; this one has saved and must not wait for them.
+        return [mine], time.monotonic() - start
+    try:
+        return all_gather_object(mine), time.monotonic() - start
+    except RuntimeError:
+        if stop.requested:  # the signal came to all ranks, and others have left already
+            return [mine], time.monotonic() - start
+        raise
+
+
+def finish(data: ExportData, directory: Path, run: RunContext, log: RunLog) -> None:
+    """Check the coverage of the finished store and say what comes next.
+
+    Raises:
+        StoreError: If a key is missing after all.
+    """
+    if run.is_main:
+        with EmbeddingStore(directory) as store:
+            coverage = store.require_coverage(data.keys)
+        log.info(f"complete: {coverage.num_present:,} of {coverage.num_wanted:,} images have an embedding")
+        log.info(f"check the files with: python -m sam3_train.embeddings.verify {os.path.relpath(directory)}")
+    barrier()
