@@ -1,0 +1,80 @@
+"""One pass over a data set finds what cannot be read, and what it lists is left out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fixtures_data import make_jpeg, make_sa1b_tar, make_sa1b_tree
+
+from sam3_train.data import validate
+from sam3_train.data.bad_images import BadImageLog, bad_image_limit, read_bad_images
+from sam3_train.data.image_index import build_image_index
+from sam3_train.errors import UserError
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_bad_photos_are_listed_and_then_left_out(tmp_path: Path, workers: str, capsys: pytest.CaptureFixture) -> None:
+    """D-21: found once, skipped the same way by everything that reads the list."""
+    root = make_sa1b_tree(tmp_path)
+    (root / "images/train/sa_2.jpg").write_bytes(make_jpeg(2)[:200])
+    (root / "images/val/sa_101.jpg").write_bytes(b"")
+    assert validate.main(["--data-path", str(root), "--workers", workers]) == 0
+    assert "9 images checked, 2 unreadable" in capsys.readouterr().out
+    bad = read_bad_images(root / "bad_images.txt")
+    assert set(bad) == {"sa_2", "sa_101"} and "sa_2.jpg: unreadable image" in bad["sa_2"]
+    assert list(build_image_index(root, "sa1b", "train", bad_keys=bad).keys) == ["sa_0", "sa_1", "sa_3", "sa_4", "sa_5"]
+
+
+def test_a_repaired_photo_leaves_the_list(tmp_path: Path) -> None:
+    root = make_sa1b_tree(tmp_path)
+    (root / "images/train/sa_2.jpg").write_bytes(b"broken")
+    validate.main(["--data-path", str(root), "--workers", "1"])
+    (root / "images/train/sa_2.jpg").write_bytes(make_jpeg(2))
+    validate.main(["--data-path", str(root), "--workers", "1"])
+    assert read_bad_images(root / "bad_images.txt") == {}
+
+
+def test_annotations_are_checked_on_request(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """D-22"""
+    root = make_sa1b_tree(tmp_path)
+    (root / "annotations/train/sa_1.json").unlink()
+    (root / "annotations/val/sa_100.json").write_text("{}")
+    assert validate.main(["--data-path", str(root), "--workers", "1", "--annotations"]) == 0
+    printed = capsys.readouterr()
+    assert "2 annotations are missing, empty or malformed" in printed.out
+    assert "sa_1.json: has no annotation" in printed.err and "sa_100.json: not an SA-1B" in printed.err
+    assert read_bad_images(root / "bad_images.txt") == {}, "trunk distillation does not read annotations"
+
+
+def test_tars_are_checked_in_place(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make_sa1b_tar(tmp_path / "sa_000001.tar", range(8))
+    arguments = ["--data-path", str(tmp_path), "--dataset", "sa1b_tar", "--val-fraction", "0.3", "--workers", "1"]
+    assert validate.main([*arguments, "--annotations"]) == 0
+    assert "8 images checked, 0 unreadable" in capsys.readouterr().out
+
+
+def test_a_wrong_path_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert validate.main(["--data-path", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere is not a folder" in capsys.readouterr().err
+
+
+def test_a_run_ends_when_too_many_photos_are_bad(tmp_path: Path) -> None:
+    """D-21: a few are skipped and written down, many end the run."""
+    log = BadImageLog(tmp_path / "run" / "bad_images.txt", limit=2)
+    log.record([("a", "a.jpg: broken\nin two lines"), ("b", "b.jpg: broken")])
+    log.record([("a", "a.jpg: broken")])
+    assert read_bad_images(tmp_path / "run" / "bad_images.txt") == {
+        "a": "a.jpg: broken in two lines",
+        "b": "b.jpg: broken",
+    }
+    with pytest.raises(UserError, match=r"3 unreadable images, more than the 2 .* c\.jpg: gone"):
+        log.record([("c", "c.jpg: gone")])
+    again = BadImageLog(tmp_path / "run" / "bad_images.txt", limit=2)
+    again.record([("a", "a.jpg: broken"), ("d", "d.jpg: broken")])
+    assert list(read_bad_images(tmp_path / "run" / "bad_images.txt")) == ["a", "b", "c", "d"]
+
+
+def test_the_limit_is_a_share_but_one_at_least() -> None:
+    assert [bad_image_limit(0.001, n) for n in (10, 5000)] == [1, 5]
+    assert bad_image_limit(0.0, 5000) == 0
