@@ -137,7 +137,7 @@ def write_merged(
         text = json.dumps(record, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: the metadata hold something that JSON cannot ({error})") from error
-    tensors = {key: _storable(value, dtype) for key, value in state_dict.items()}
+    tensors = _storable(state_dict, dtype)
 
     def write(temporary: Path) -> None:
         if path.suffix == ".safetensors":
@@ -152,13 +152,20 @@ def write_merged(
     write_atomically(path, write)
 
 
-def _storable(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A contiguous CPU tensor that owns its storage (a view would store its whole base)."""
-    tensor = tensor.detach().cpu()
-    if dtype is not None and tensor.dtype.is_floating_point:
-        tensor = tensor.to(dtype)
-    is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if is_whole else tensor.clone(memory_format=torch.contiguous_format)
+def _storable(state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Contiguous CPU tensors, each with a storage of its own: a view would store its whole base."""
+    stored: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in state_dict.items():
+        tensor = value.detach().cpu()
+        if dtype is not None and tensor.dtype.is_floating_point:
+            tensor = tensor.to(dtype)
+        is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+        if not is_whole or tensor.data_ptr() in storages:
+            tensor = tensor.clone(memory_format=torch.contiguous_format)
+        storages.add(tensor.data_ptr())
+        stored[key] = tensor
+    return stored
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
