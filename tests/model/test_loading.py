@@ -1,0 +1,262 @@
+"""load_model and the builders: every layout opens, everything that does not fit is one clear error."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sam3.checkpoint_io import CheckpointError, write_merged
+from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX, student_to_published
+from sam3.config import Sam3Config, StudentConfig
+from sam3.hf_keys import released_to_hf
+from sam3.loading import load_model
+from sam3.model.sam3_image import Sam3Image
+from sam3.model_builder import assemble_image_model, build_sam3_image_model, build_sam3_trunk
+from sam3.preprocess import Preprocess, PreprocessMismatchError
+from sam3.released_names import UNBUILT_PARTS, released_state_dict
+
+TINY = Sam3Config.preset("tiny")
+STUDENT = "efficientvit_b0"
+LATER = {
+    "detector.transformer.decoder.query_embed.weight": torch.zeros(2, 2),
+    "detector.backbone.language_backbone.resizer.bias": torch.zeros(2),
+    "tracker.maskmem_backbone.out_proj.weight": torch.zeros(2, 2),
+    "tracker.no_obj_ptr": torch.zeros(1, 2),
+}
+
+
+def make_model(config: Sam3Config = TINY, seed: int = 0) -> Sam3Image:
+    torch.manual_seed(seed)
+    return assemble_image_model(config, enable_inst_interactivity=True).eval()
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Sam3Image:
+    return make_model()
+
+
+@pytest.fixture(scope="module")
+def student_model() -> Sam3Image:
+    return make_model(TINY.replace(student=StudentConfig(STUDENT)))
+
+
+@pytest.fixture(scope="module")
+def image() -> Tensor:
+    return torch.rand(1, 3, TINY.image_size_px, TINY.image_size_px, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def assert_same_model(loaded: Sam3Image, expected: Sam3Image, image: Tensor) -> None:
+    assert loaded.config == expected.config
+    assert not loaded.training
+    assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
+    with torch.no_grad():
+        for ours, theirs in zip(loaded.image_features(image), expected.image_features(image), strict=True):
+            assert torch.equal(ours, theirs)
+    for (name, ours), theirs in zip(loaded.state_dict().items(), expected.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+LAYOUTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "flat": lambda sd: sd,
+    "under model": lambda sd: {"model": sd},
+    "all 1465 keys": lambda sd: sd | LATER,
+    "without detector.": lambda sd: {k.removeprefix("detector."): v for k, v in sd.items()},
+    "DDP": lambda sd: {"module." + k: v for k, v in sd.items()},
+    "without rotary tables": lambda sd: {k: v for k, v in sd.items() if not k.endswith("freqs_cis")},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_a_torch_file(tmp_path: Path, teacher: Sam3Image, image: Tensor, layout: str) -> None:
+    torch.save(LAYOUTS[layout](released_state_dict(teacher)), tmp_path / "model.pt")
+    assert_same_model(load_model(tmp_path / "model.pt", device="cpu"), teacher, image)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_merged_files_with_their_record(tmp_path: Path, student_model: Sam3Image, image: Tensor, suffix: str) -> None:
+    path = tmp_path / f"merged{suffix}"
+    preprocess = Preprocess(TINY.image_size_px, mode="letterbox")
+    record = {"variant": STUDENT, "model": student_model.config.to_dict(), "preprocess": preprocess.to_dict()}
+    write_merged(path, released_state_dict(student_model), record)
+    loaded = load_model(str(path), device="cpu")
+    assert_same_model(loaded, student_model, image)
+    assert loaded.preprocess == preprocess
+    assert loaded.inst_interactive_predictor.preprocess == preprocess
+    with pytest.raises(PreprocessMismatchError, match=r"the argument preprocess"):
+        load_model(path, device="cpu", preprocess=Preprocess(TINY.image_size_px))
+
+
+def test_student_without_a_record_is_recognised_by_its_keys(
+    tmp_path: Path, student_model: Sam3Image, image: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    released = released_state_dict(student_model)
+    assert STUDENT_PREFIX + "backbone.model.input_stem.op_list.0.conv.weight" in released
+    own = student_model.backbone.vision_backbone.trunk.model.state_dict()
+    assert {k for k in released if k.startswith(TRUNK_PREFIX)} == {
+        STUDENT_PREFIX + key for key in student_to_published(own, STUDENT)
+    }
+    torch.save({"model": released}, tmp_path / "merged.pt")
+    with caplog.at_level(logging.WARNING):
+        assert_same_model(load_model(tmp_path / "merged.pt", device="cpu"), student_model, image)
+    assert "does not say how its student's images were prepared" in caplog.text
+
+
+def test_hugging_face_layout(tmp_path: Path, teacher: Sam3Image, image: Tensor) -> None:
+    hf = released_to_hf(released_state_dict(teacher))
+    hf |= {"detector_model.detr_decoder.query_embed.weight": torch.zeros(2, 2)}
+    write_merged(tmp_path / "model.safetensors", hf, {})
+    loaded = load_model(tmp_path / "model.safetensors", device="cpu")
+    with torch.no_grad():
+        for ours, theirs in zip(loaded.image_features(image), teacher.image_features(image), strict=True):
+            assert torch.equal(ours, theirs)
+    hf["detector_model.novelty"] = torch.zeros(1)
+    write_merged(tmp_path / "model.safetensors", hf, {})
+    with pytest.raises(CheckpointError, match=r"Hugging Face file, but no rule for the key 'detector_model\.novelty'"):
+        load_model(tmp_path / "model.safetensors")
+
+
+def test_half_precision_files_compute_in_float32_unless_asked(tmp_path: Path, teacher: Sam3Image) -> None:
+    path = tmp_path / "half.safetensors"
+    write_merged(path, released_state_dict(teacher), {"model": TINY.to_dict()}, dtype=torch.float16)
+    loaded = load_model(path, device="cpu")
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    low = load_model(path, device="cpu", dtype=torch.bfloat16)
+    assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
+    # Rounding the Fourier matrix would move every point code by many degrees.
+    assert low.heads.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.dtype == torch.float32
+
+
+def test_bf16_predictions_stay_close(tmp_path: Path, teacher: Sam3Image) -> None:
+    path = tmp_path / "model.safetensors"
+    write_merged(path, released_state_dict(teacher), {"model": TINY.to_dict()})
+    picture = torch.randint(0, 256, (3, 80, 100), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    results = []
+    for dtype in (None, torch.bfloat16):
+        predictor = load_model(path, device="cpu", dtype=dtype).inst_interactive_predictor
+        predictor.set_image(picture)
+        results.append(predictor.predict(box=[10, 10, 60, 60], return_logits=True))
+    (_, ious, low_res), (_, low_ious, low_low_res) = results
+    assert low_low_res.dtype == low_res.dtype
+    assert abs(ious - low_ious).max() < 0.03
+    assert abs(low_res - low_low_res).mean() < 0.05 * abs(low_res).mean() + 0.01
+
+
+def broken(teacher: Sam3Image) -> dict[str, tuple[dict[str, Tensor], str]]:
+    good = released_state_dict(teacher)
+    qkv = TRUNK_PREFIX + "blocks.3.attn.qkv.weight"
+    return {
+        "missing": ({k: v for k, v in good.items() if k != qkv}, r"1 missing: .*blocks\.3\.attn\.qkv\.weight"),
+        "unexpected": (good | {TRUNK_PREFIX + "novelty": torch.ones(1)}, r"1 unexpected: .*trunk\.novelty"),
+        "unknown part": (good | {"detector.extra.weight": torch.ones(1)}, r"1 unexpected: detector\.extra\.weight"),
+        "shape": (good | {qkv: torch.ones(3, 3)}, r"1 of another shape: .*file \(3, 3\), model \(384, 128\)"),
+        "no heads": ({k: v for k, v in good.items() if not k.startswith("tracker.")}, r"missing: tracker\."),
+        "foreign": ({"layer.weight": torch.ones(1)}, "not a layout that is known here. The nearest is"),
+        "student alone": ({"backbone.model.x": torch.ones(1), "head.0.weight": torch.ones(1)}, "merge it into a SAM 3"),
+        "two names for one": (good | {"module." + qkv: good[qkv]}, "without the prefixes"),
+    }
+
+
+@pytest.mark.parametrize("name", broken(make_model()))
+def test_what_does_not_fit_is_said(tmp_path: Path, teacher: Sam3Image, name: str) -> None:
+    state_dict, message = broken(teacher)[name]
+    torch.save(state_dict, tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_model(tmp_path / "bad.pt")
+    assert "bad.pt" in str(error.value)
+    assert len(str(error.value)) < 1000
+
+
+def test_a_bad_record_is_said(tmp_path: Path, teacher: Sam3Image) -> None:
+    for record, message in (
+        ({"model": {"size": 3}}, "unknown field 'size'"),
+        ({"model": TINY.to_dict(), "preprocess": {"mode": "crop"}}, "'crop' is not one of"),
+        ({"model": TINY.replace(student=StudentConfig(STUDENT)).to_dict()}, f"tiny with student {STUDENT}.*ViT trunk"),
+    ):
+        write_merged(tmp_path / "m.pt", released_state_dict(teacher), record)
+        with pytest.raises(CheckpointError, match=message):
+            load_model(tmp_path / "m.pt")
+
+
+def test_names_that_are_neither_file_nor_hub_model(tmp_path: Path) -> None:
+    for name, message in (
+        (str(tmp_path / "nothing.pt"), "no such checkpoint file"),
+        ("output/nothing.pt", "no such checkpoint file"),
+        ("someone/something", "name the file too"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_model(name)
+
+
+def test_builder_loads_with_and_without_interactivity(tmp_path: Path, teacher: Sam3Image, image: Tensor) -> None:
+    torch.save(released_state_dict(teacher) | LATER, tmp_path / "sam3.pt")
+    options = {"checkpoint_path": tmp_path / "sam3.pt", "config": "tiny", "device": "cpu"}
+    assert_same_model(build_sam3_image_model(**options, enable_inst_interactivity=True), teacher, image)
+    plain = build_sam3_image_model(**options, eval_mode=False)
+    assert plain.inst_interactive_predictor is None
+    assert plain.training
+    out, expected = plain.backbone.forward_image(image), teacher.backbone.forward_image(image)
+    assert out["sam2_backbone_out"] is None
+    assert torch.equal(out["vision_features"], expected["vision_features"])
+    with pytest.raises(CheckpointError, match="does not fit the model 'sam3'"):
+        build_sam3_image_model(tmp_path / "sam3.pt", device="cpu")
+    with pytest.raises(CheckpointError, match="fit the preset 'sam3' alone"):
+        build_sam3_image_model(config="tiny")
+
+
+@pytest.mark.parametrize("form", ["released", "without detector.", "trunk keys only"])
+def test_trunk_alone(tmp_path: Path, teacher: Sam3Image, image: Tensor, form: str) -> None:
+    released = released_state_dict(teacher)
+    if form == "without detector.":
+        released = {k.removeprefix("detector."): v for k, v in released.items()}
+    if form == "trunk keys only":
+        released = {k: v for k, v in released.items() if k.startswith(TRUNK_PREFIX)}
+    torch.save(released, tmp_path / "teacher.pt")
+    trunk = build_sam3_trunk(tmp_path / "teacher.pt", config="tiny", device="cpu")
+    assert not trunk.training
+    assert not any(p.requires_grad for p in trunk.parameters())
+    assert torch.equal(trunk(image)[0], teacher.backbone.vision_backbone.trunk(image)[0])
+    with pytest.raises(CheckpointError, match="of another shape"):
+        build_sam3_trunk(tmp_path / "teacher.pt", device="cpu")
+
+
+def test_student_trunk_alone(tmp_path: Path, student_model: Sam3Image, image: Tensor) -> None:
+    torch.save(released_state_dict(student_model), tmp_path / "merged.pt")
+    trunk = build_sam3_trunk(tmp_path / "merged.pt", config=student_model.config, device="cpu")
+    with torch.no_grad():
+        assert torch.equal(trunk(image)[0], student_model.backbone.vision_backbone.trunk(image)[0])
+    with pytest.raises(CheckpointError, match="it holds a student in the trunk's place"):
+        build_sam3_trunk(tmp_path / "merged.pt", config="tiny", device="cpu")
+
+
+def test_preprocess_of_another_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"images of 1008 px, the model 'tiny' takes 252 px"):
+        build_sam3_image_model(load_from_HF=False, config="tiny", preprocess=Preprocess(1008))
+
+
+def test_accepted_leftovers_are_whole_parts_and_none_is_built() -> None:
+    assert all(part.startswith(("detector.", "tracker.")) for part in UNBUILT_PARTS)
+    assert not any(TRUNK_PREFIX.startswith(part) or "tracker.sam_" in part for part in UNBUILT_PARTS)
+
+
+def test_importing_the_package_changes_nothing() -> None:
+    """No global switches, no handlers, no heavy imports: neither by the package nor by the builder."""
+    code = """
+import logging, os, sys, torch
+before = (torch.backends.cuda.matmul.allow_tf32, torch.get_default_dtype(), torch.get_num_threads(),
+          torch.is_autocast_enabled(), len(logging.root.handlers), dict(os.environ), torch.is_grad_enabled())
+import sam3
+assert "timm" not in sys.modules and "sam3.model_builder" not in sys.modules
+import sam3.loading
+after = (torch.backends.cuda.matmul.allow_tf32, torch.get_default_dtype(), torch.get_num_threads(),
+         torch.is_autocast_enabled(), len(logging.root.handlers), dict(os.environ), torch.is_grad_enabled())
+assert before == after, (before, after)
+assert not {"transformers", "timm", "scipy", "pycocotools", "cv2"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
