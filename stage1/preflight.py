@@ -22,7 +22,7 @@ from sam3_train.data.augmentation import AugmentSpec
 from sam3_train.data.image_index import ImageIndex
 from sam3_train.embeddings import EmbeddingStore
 from sam3_train.errors import UserError
-from stage1.config import model_config, preprocess_config, teacher_config
+from stage1.config import RANDOM_INIT, model_config, preprocess_config, teacher_config
 from stage1.data.build import image_index_from_config
 from stage1.feature_scale import NORMALIZATIONS
 
@@ -88,6 +88,7 @@ def check_students(cfgs: Sequence[CfgNode], problems: list[str]) -> list[Sam3Con
         model = attempt(problems, lambda cfg=cfg: _checked_model(cfg))  # type: ignore[misc]
         if model is not None:
             models.append(model)
+        _check_pretrained(cfg.MODEL.PRETRAINED, problems)
         differing = config_changes(config_to_dict(cfg), config_to_dict(cfgs[0])).keys() - PER_STUDENT_KEYS
         if differing:
             problems.append(
@@ -129,6 +130,13 @@ def check_settings(cfg: CfgNode, problems: list[str]) -> None:
         problems.append(f"MODEL.SAM3_CHECKPOINT: there is no file {cfg.MODEL.SAM3_CHECKPOINT}")
     if cfg.MODEL.RESUME and not Path(cfg.MODEL.RESUME).is_file():
         problems.append(f"MODEL.RESUME: there is no checkpoint {cfg.MODEL.RESUME}")
+
+
+def _check_pretrained(source: str, problems: list[str]) -> None:
+    if not source:
+        problems.append(f"MODEL.PRETRAINED is empty: say timm, {RANDOM_INIT}, or name a file")
+    elif source != RANDOM_INIT and source.partition(":")[0] != "timm" and not Path(source).is_file():
+        problems.append(f"MODEL.PRETRAINED: there is no file {source}; say timm, {RANDOM_INIT}, or name a file")
 
 
 def check_data(cfg: CfgNode, world_size: int, problems: list[str]) -> TrainingData | None:
