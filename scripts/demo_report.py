@@ -92,9 +92,10 @@ def training_charts(run: Path, epoch_scores: Sequence[tuple[float, float]], teac
     if not train or not val:
         raise UserError(f"{run} has no metrics.jsonl with training and validation records: was the run finished?")
 
-    def series(records: Sequence[Mapping[str, Any]], name: str, label: str, dashed: bool = False) -> Series:
+    def series(records: Sequence[Mapping[str, Any]], name: str, split: str, color: int) -> Series:
         kept = [record for record in records if record.get(name) is not None]
-        return Series(label, [record["step"] for record in kept], [record[name] for record in kept], dashed)
+        steps, values = [record["step"] for record in kept], [record[name] for record in kept]
+        return Series(f"{name}, {split}", steps, values, split == "validation", color)
 
     charts = [
         line_chart(
@@ -102,9 +103,11 @@ def training_charts(run: Path, epoch_scores: Sequence[tuple[float, float]], teac
             "optimizer step",
             "loss",
             [
-                *(series(train, name, f"{name}, training") for name in ("mse", "cosine")),
-                *(series(val, name, f"{name}, validation", dashed=True) for name in ("mse", "cosine")),
+                series(records, name, split, color)
+                for color, name in enumerate(("mse", "cosine"))
+                for split, records in (("training", train), ("validation", val))
             ],
+            y_low=0.0,
         )
     ]
     if epoch_scores:
@@ -117,9 +120,10 @@ def training_charts(run: Path, epoch_scores: Sequence[tuple[float, float]], teac
                 "mIoU against the exact masks",
                 [
                     Series("student", epochs, [score for _, score in epoch_scores]),
-                    Series("teacher", ends, [teacher_score] * 2, dashed=True),
-                    Series("90% of the teacher", ends, [0.9 * teacher_score] * 2, dashed=True),
+                    Series("teacher", ends, [teacher_score] * 2, color=1),
+                    Series("90% of the teacher", ends, [0.9 * teacher_score] * 2, dashed=True, color=1),
                 ],
+                y_low=0.0,
             )
         )
     return charts

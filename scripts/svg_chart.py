@@ -20,6 +20,12 @@ class Series:
     xs: Sequence[float]
     ys: Sequence[float]
     dashed: bool = False
+    color: int = 0
+    """Index into `COLORS`: lines that belong together may share one."""
+
+    @property
+    def stroke(self) -> str:
+        return COLORS[self.color % len(COLORS)]
 
     def points(self) -> list[tuple[float, float]]:
         if len(self.xs) != len(self.ys):
@@ -47,8 +53,8 @@ def format_tick(value: float) -> str:
     return f"{value:g}"
 
 
-def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
-    """One chart as an ``<svg>`` element.
+def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series], y_low: float | None = None) -> str:
+    """One chart as an ``<svg>`` element; the y axis goes down to ``y_low`` if the data do not.
 
     Raises:
         ValueError: If no series has a finite point.
@@ -58,7 +64,8 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series])
     if not everything:
         raise ValueError(f"chart {title!r} has nothing to draw: no finite point in {list(points)}")
     x_ticks = nice_ticks(min(x for x, _ in everything), max(x for x, _ in everything), 6)
-    y_ticks = nice_ticks(min(y for _, y in everything), max(y for _, y in everything))
+    y_values = [y for _, y in everything] + ([] if y_low is None else [y_low])
+    y_ticks = nice_ticks(min(y_values), max(y_values))
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
@@ -84,11 +91,10 @@ def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series])
         f'<text class="tick" x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">'
         f"{html.escape(y_label)}</text>"
     )
-    for index, one in enumerate(series):
-        color = COLORS[index % len(COLORS)]
+    for one in series:
         dash = ' stroke-dasharray="5 4"' if one.dashed else ""
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points[one.label]))
-        parts.append(f'<polyline class="line" style="stroke:{color}"{dash} points="{path}"/>')
+        parts.append(f'<polyline class="line" style="stroke:{one.stroke}"{dash} points="{path}"/>')
     parts.append("</svg>")
     return "".join(parts) + _legend(series)
 
@@ -97,8 +103,8 @@ def _legend(series: Sequence[Series]) -> str:
     if len(series) < 2:
         return ""
     items = [
-        f'<span><i style="border-top:3px {"dashed" if one.dashed else "solid"} {COLORS[index % len(COLORS)]}"></i>'
+        f'<span><i style="border-top:3px {"dashed" if one.dashed else "solid"} {one.stroke}"></i>'
         f"{html.escape(one.label)}</span>"
-        for index, one in enumerate(series)
+        for one in series
     ]
     return '<div class="legend">' + "".join(items) + "</div>"

@@ -60,9 +60,7 @@ def make_report() -> Report:
         num_objects=123,
         scenes=[Comparison("scene <1>", "box", views, 0.91, 0.88, 0.83)],
         photos=[Comparison("coffee", "one click", views, 0.77)],
-        charts=[
-            line_chart("Loss", "step", "loss", [Series("mse", [0, 1], [1.0, 0.5]), Series("val", [0, 1], [1, 0.6])])
-        ],
+        charts=[line_chart("Loss", "step", "loss", [Series("mse", [0, 1], [1, 0.5]), Series("val", [0, 1], [1, 0.6])])],
         models=[
             ModelRow("teacher", "tiny ViT", 2_000_000, 3_000_000, 6_400_000, 40.0, 4.0),
             ModelRow("student", "demo_cnn", 500_000, 1_500_000, 3_000_000, 10.0, 4.0),
@@ -132,6 +130,15 @@ def test_chart_puts_points_where_they_belong():
     assert y0 > y1, "larger values are higher, so they have a smaller y in an SVG"
     assert "A &lt; B" in svg
     assert "legend" not in svg
+
+
+def test_an_axis_can_start_at_zero():
+    def height(svg: str) -> float:
+        return float(re.findall(r'points="[^"]* [\d.]+,([\d.]+)"', svg)[0])
+
+    line = [Series("one", [0, 1], [0.9, 0.8])]
+    assert height(line_chart("t", "x", "y", line)) > height(line_chart("t", "x", "y", line, y_low=0.0))
+    assert ">0<" in line_chart("t", "x", "y", line, y_low=0.0)
 
 
 def test_chart_leaves_out_points_that_are_not_finite_and_refuses_to_be_empty():
