@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from sam3.checkpoint_io import CheckpointError
@@ -38,8 +39,17 @@ def download_ckpt_from_hf(repo_id: str = SAM3_REPO, filename: str = SAM3_FILE) -
         if isinstance(error, hub_errors.LocalEntryNotFoundError):
             raise CheckpointError(_unreachable(repo_id, filename, error)) from error
         raise CheckpointError(f"{repo_id}/{filename}: the model exists but has no such file; see {page}") from error
-    except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled, OSError) as error:
+    except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled, OSError, *_network_errors()) as error:
         raise CheckpointError(_unreachable(repo_id, filename, error)) from error
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """From version 1 on the Hub's client talks through httpx, whose errors are no OSError."""
+    if find_spec("httpx") is None:
+        return ()
+    import httpx
+
+    return (httpx.HTTPError,)
 
 
 def _unreachable(repo_id: str, filename: str, error: Exception) -> str:
