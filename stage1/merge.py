@@ -60,12 +60,15 @@ class MergeResult:
     num_bytes: int
     trunk_error: float
     """Largest difference between deployed and training-time trunk output, over the largest output."""
+    rounding_error: float
+    """The same against the student before its weights were rounded to ``--dtype``."""
 
     def lines(self) -> list[str]:
         """The report, ending with the lines of Python that use the file."""
         return [
             *self.report.lines(),
-            f"checked: the loaded file's trunk gives the student's features (relative error {self.trunk_error:.1e})",
+            f"checked: the loaded file's trunk gives the student's features (relative error {self.trunk_error:.1e}"
+            f"; {self.rounding_error:.1e} before rounding to --dtype)",
             f"wrote {self.output} ({self.num_bytes / 1e6:.1f} MB). Use it:",
             "",
             "    import numpy as np, sam3",
@@ -101,7 +104,7 @@ def merge_files(request: MergeRequest) -> MergeResult:
     aside = request.output.with_name(f".{request.output.stem}.{os.getpid()}.unproven{request.output.suffix}")
     try:
         write_merged(aside, merged, _metadata(request, checkpoint, model), dtype)
-        trunk_error = prove(aside, checkpoint, trained, dtype, request)
+        trunk_error, rounding_error = prove(aside, checkpoint, trained, dtype, request)
         os.replace(aside, request.output)
     except OSError as error:
         raise UserError(
@@ -109,7 +112,7 @@ def merge_files(request: MergeRequest) -> MergeResult:
         ) from error
     finally:
         aside.unlink(missing_ok=True)
-    return MergeResult(request.output, report, request.output.stat().st_size, trunk_error)
+    return MergeResult(request.output, report, request.output.stat().st_size, trunk_error, rounding_error)
 
 
 def _check_request(request: MergeRequest) -> None:
@@ -198,7 +201,7 @@ def _metadata(request: MergeRequest, checkpoint: StudentCheckpoint, model: Sam3C
 @torch.no_grad()
 def prove(
     path: Path, checkpoint: StudentCheckpoint, trained: StudentEncoder, dtype: torch.dtype, request: MergeRequest
-) -> float:
+) -> tuple[float, float]:
     """Load a merged file as a user would and compare it with the student as it was in training.
 
     Args:
@@ -209,7 +212,8 @@ def prove(
         request: Names the files in messages, and says whether the student was folded.
 
     Returns:
-        Largest difference of the trunk outputs over the largest output.
+        Largest difference of the trunk outputs over the largest output: from the student with its weights rounded as in
+        the file, which must be rounding error of the arithmetic alone, and from the student as it was trained.
 
     Raises:
         UserError: If the outputs differ by more than rounding explains, or masks are not finite.
@@ -225,7 +229,7 @@ def prove(
     pixels = deployed.preprocess(image)[None]
     output = deployed.backbone.vision_backbone.trunk(pixels)[-1]
     expected = _rounded(trained, dtype)(pixels)
-    difference = float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    difference = _relative_difference(output, expected)
     # Folding multiplies weights before they are rounded, so a folded half-precision student rounds differently.
     limit = TOLERANCE_FUSED if request.fuse else TOLERANCE
     if request.fuse:
@@ -236,7 +240,11 @@ def prove(
             f"its largest output (limit {limit:.0e})"
         )
     _require_masks(deployed, image)
-    return difference
+    return difference, _relative_difference(output, trained(pixels))
+
+
+def _relative_difference(output: Tensor, expected: Tensor) -> float:
+    return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
 
 
 def _rounded(student: StudentEncoder, dtype: torch.dtype) -> StudentEncoder:
