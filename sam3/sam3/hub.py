@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 from sam3.checkpoint_io import CheckpointError
@@ -39,22 +38,14 @@ def download_ckpt_from_hf(repo_id: str = SAM3_REPO, filename: str = SAM3_FILE) -
         if isinstance(error, hub_errors.LocalEntryNotFoundError):
             raise CheckpointError(_unreachable(repo_id, filename, error)) from error
         raise CheckpointError(f"{repo_id}/{filename}: the model exists but has no such file; see {page}") from error
-    except (hub_errors.HfHubHTTPError, hub_errors.OfflineModeIsEnabled, OSError, *_network_errors()) as error:
+    except Exception as error:  # each version of the client passes on its own transport's errors
         raise CheckpointError(_unreachable(repo_id, filename, error)) from error
 
 
-def _network_errors() -> tuple[type[Exception], ...]:
-    """From version 1 on the Hub's client talks through httpx, whose errors are no OSError."""
-    if find_spec("httpx") is None:
-        return ()
-    import httpx
-
-    return (httpx.HTTPError,)
-
-
 def _unreachable(repo_id: str, filename: str, error: Exception) -> str:
+    cause = (str(error).strip().splitlines() or ["no details"])[0]
     return (
-        f"{repo_id}/{filename}: cannot be downloaded and is not in the local cache ({error}). Check the connection "
-        "(and HF_HUB_OFFLINE, HF_ENDPOINT, proxies), or download the file elsewhere and pass its path as "
-        "checkpoint_path."
+        f"{repo_id}/{filename}: cannot be downloaded and is not in the local cache ({type(error).__name__}: {cause}). "
+        "Check the connection (and HF_HUB_OFFLINE, HF_ENDPOINT, proxies), or download the file elsewhere and pass its "
+        "path as checkpoint_path."
     )
