@@ -13,8 +13,6 @@ STAGES = ("stage1", "stage1_geometry_finetune", "stage2")
 PACKAGES = {"sam3": "sam3/sam3", "sam3_train": "sam3/sam3_train", **{name: name for name in STAGES}}
 # What the model library may import beyond Python itself: a script that only predicts installs no training package.
 SAM3_MAY_IMPORT = {"sam3", "torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub"}
-# The Hub client's transport: looked for, not needed.
-SAM3_MAY_IMPORT |= {"httpx", "httpx2"}
 # The oracle of the tests and of the benchmark; no run of ours may depend on it.
 ORACLES = {"transformers"}
 
