@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset
 from yacs.config import CfgNode
 
 from sam3_train.data.augmentation import AugmentSpec
@@ -18,7 +16,7 @@ from sam3_train.data.packed_strings import PackedStrings
 from sam3_train.data.splits import SPLITS
 from sam3_train.errors import UserError
 from stage1.config import preprocess_config, teacher_config
-from stage1.data.build import collate, image_index_from_config
+from stage1.data.build import Stage1Loader, build_loader, image_index_from_config
 from stage1.data.sa1b_dataset import Stage1Dataset
 
 
@@ -98,23 +96,12 @@ def join_keys(parts: Sequence[PackedStrings]) -> PackedStrings:
     return PackedStrings(np.concatenate([part.buffer for part in parts]), np.concatenate([*offsets, starts[-1:]]))
 
 
-def build_export_loader(cfg: CfgNode, data: ExportData, batches: list[list[int]]) -> DataLoader[dict[str, Any]]:
+def build_export_loader(cfg: CfgNode, data: ExportData, batches: list[list[int]]) -> Stage1Loader:
     """A loader that yields exactly the planned batches, in order; unreadable images stand under ``bad``."""
-    workers: dict[str, Any] = {}
-    if cfg.DATA.NUM_WORKERS > 0:
-        workers = {"prefetch_factor": cfg.DATA.PREFETCH_FACTOR, "worker_init_fn": start_worker}
-    return DataLoader(
+    return build_loader(
         data.dataset,
-        batch_sampler=batches,
+        batches=batches,
         num_workers=cfg.DATA.NUM_WORKERS,
-        collate_fn=collate,
-        pin_memory=cfg.DATA.PIN_MEMORY and torch.cuda.is_available(),
-        **workers,
+        prefetch_factor=cfg.DATA.PREFETCH_FACTOR,
+        pin_memory=cfg.DATA.PIN_MEMORY,
     )
-
-
-def start_worker(worker_id: int) -> None:
-    """One thread per worker; a stop signal is the main process's business, which still needs the workers then."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

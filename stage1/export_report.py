@@ -56,8 +56,8 @@ class ExportEstimate:
             for count in (self.needed_bytes, self.free_bytes, self.num_missing * smallest.payload_bytes(spec.shape))
         )
         return (
-            f"{directory}: the export needs {needed}, {free} are free. Use another --output, free some space, store less "
-            f"(DISTILL.CODEC {smallest.name}: {small}; DATA.NUM_SAMPLES, DATA.SUBSET), or train without a store "
+            f"{directory}: the export needs {needed}, {free} are free. Use another --output, free some space, store "
+            f"less (DISTILL.CODEC {smallest.name}: {small}; DATA.NUM_SAMPLES, DATA.SUBSET), or train without a store "
             "(DISTILL.ONLINE_TEACHER)"
         )
 
@@ -152,9 +152,9 @@ def summary_lines(results: Sequence[dict[str, Any]], seconds: float) -> list[str
     mean = {name: value / len(results) for name, value in total.items()}
     seconds = max(seconds, 1e-9)
     rate = (total["num_written"] + total["num_quarantined"]) / seconds
-    size, duration = format_bytes(total["num_bytes"]), format_seconds(seconds)
     lines = [
-        f"exported {total['num_written']:,} embeddings ({size}) in {duration}: {rate:.2f} images/s, {total['num_bytes'] / 1e6 / seconds:.1f} MB/s",
+        f"exported {total['num_written']:,} embeddings ({format_bytes(total['num_bytes'])}) in "
+        f"{format_seconds(seconds)}: {rate:.2f} images/s, {total['num_bytes'] / 1e6 / seconds:.1f} MB/s",
         f"per rank: waited for images {mean['wait_seconds']:.1f} s and for the disk {mean['blocked_seconds']:.1f} s; "
         f"syncing took {mean['sync_seconds']:.1f} s",
     ]

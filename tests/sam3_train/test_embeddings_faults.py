@@ -15,9 +15,10 @@ import pytest
 import torch
 from fixtures_embeddings import KEYS, make_embedding, make_spec, make_store, store_bytes
 
-from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreError, begin_export, plan_rank, writer
+from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreError, begin_export, plan_rank, rank_appender
 from sam3_train.embeddings.verify import main as verify
 from sam3_train.embeddings.verify import verify_store
+from sam3_train.embeddings.writer import WriterStats
 
 RECORD = make_spec().record_bytes
 
@@ -187,7 +188,7 @@ def test_a_full_disk_loses_nothing_and_resumes(tmp_path, monkeypatch, num_bytes)
     """Wherever the last byte falls: values, key or index entry; what was whole stays whole."""
     make_store(tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises(StoreError) as info:
-        patched.setattr(writer, "write_all", FullDisk(num_bytes))
+        patched.setattr(rank_appender, "write_all", FullDisk(num_bytes))
         make_store(tmp_path / "full")
     assert_one_line(info.value, "rank0-values.bin: the disk is full", "bytes free", "run the same command again")
     kept = len(EmbeddingStore(tmp_path / "full"))
@@ -202,7 +203,7 @@ def test_an_error_of_the_writer_surfaces_in_the_export_loop(tmp_path, monkeypatc
     def fail(fd, data):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(writer, "write_all", fail)
+    monkeypatch.setattr(rank_appender, "write_all", fail)
     begin_export(tmp_path, make_spec(), KEYS)
     num_put = 0
     with pytest.raises(StoreError, match=r"rank0-values\.bin: cannot be written"), EmbeddingWriter(tmp_path) as out:
@@ -216,13 +217,13 @@ def test_an_error_of_the_writer_surfaces_in_the_export_loop(tmp_path, monkeypatc
 def test_a_slow_disk_slows_the_export_down_instead_of_filling_memory(tmp_path, monkeypatch):
     """D-11: the queue is bounded; putting more blocks."""
     gate = threading.Event()
-    write_all = writer.write_all
+    write_all = rank_appender.write_all
 
     def wait_and_write(fd, data):
         gate.wait(10)
         write_all(fd, data)
 
-    monkeypatch.setattr(writer, "write_all", wait_and_write)
+    monkeypatch.setattr(rank_appender, "write_all", wait_and_write)
     begin_export(tmp_path, make_spec(), KEYS)
     num_put = []
 
@@ -233,7 +234,7 @@ def test_a_slow_disk_slows_the_export_down_instead_of_filling_memory(tmp_path, m
                 num_put.append(out.queue_depth)
             stats.append(out.stats)
 
-    stats: list[writer.WriterStats] = []
+    stats: list[WriterStats] = []
     thread = threading.Thread(target=produce)
     thread.start()
     time.sleep(0.6)
@@ -242,6 +243,53 @@ def test_a_slow_disk_slows_the_export_down_instead_of_filling_memory(tmp_path, m
     thread.join(10)
     assert len(num_put) == len(KEYS) and stats[0].max_queue_depth <= 3 and stats[0].blocked_seconds > 0.3
     assert list(EmbeddingStore(tmp_path).keys()) == KEYS
+
+
+class SlowSync:
+    """Files whose sync takes a moment; remembers how many appends each sync found."""
+
+    def __init__(self) -> None:
+        self.num_appended = 0
+        self.seen: list[int] = []
+
+    def sync(self) -> None:
+        self.seen.append(self.num_appended)
+        time.sleep(0.02)
+
+
+def test_no_more_records_are_at_risk_than_a_resume_checks():
+    """A power failure may cost what is not synced; beyond 64 such records an append waits for the disk."""
+    files = SlowSync()
+    with rank_appender.BackgroundSync(files, every=4, seconds=60.0, max_pending=10) as sync:
+        for _ in range(200):
+            files.num_appended += 1
+            sync.note_append()
+            assert files.num_appended - (files.seen[-2] if len(files.seen) > 1 else 0) <= 20
+    assert files.seen[-1] == 200
+    assert max(later - earlier for earlier, later in zip([0, *files.seen], files.seen, strict=False)) <= 10
+
+
+def test_a_lone_record_is_synced_after_a_while():
+    files = SlowSync()
+    with rank_appender.BackgroundSync(files, every=100, seconds=0.05) as sync:
+        files.num_appended += 1
+        sync.note_append()
+        time.sleep(0.3)
+        assert files.seen == [1]
+
+
+def test_a_sync_that_fails_ends_the_export(tmp_path, monkeypatch):
+    """Some file systems report a full disk only when they are told to sync."""
+
+    def fail(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    begin_export(tmp_path, make_spec(), KEYS)
+    with monkeypatch.context() as patched, pytest.raises(StoreError, match="the disk is full"):
+        patched.setattr(rank_appender, "sync_data", fail)
+        with EmbeddingWriter(tmp_path, sync_every=2) as out:
+            for key in KEYS:
+                out.put(key, 0, make_embedding(key))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 70000.0])

@@ -1,10 +1,10 @@
 """Appending to a store: a bounded queue in front of one thread that encodes, checks and writes.
 
 Back-pressure: `EmbeddingWriter.put_batch` blocks while the queue is full, so host memory is bounded whatever the disk
-does. Durability: the files are synced after ``sync_every`` records or ``sync_seconds``, whichever comes first. A killed
-process loses nothing that was written (the operating system has it); a power failure loses at most the records since
-the last sync, and resuming makes them again. A sync waits for the disk to take what is outstanding; it costs the time
-the disk needs anyway, and the queue carries the teacher across it.
+does. Durability: a second thread syncs the files after ``sync_every`` records or ``sync_seconds``, whichever comes
+first, while more records are written. A killed process loses nothing that was written (the operating system has it); a
+power failure loses at most 64 records, and resuming makes them again. Syncing costs the time that the disk needs for
+the bytes in any case; ``bench_store.py`` compares with a plain file.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ import errno
 import os
 import queue
 import shutil
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,16 +26,9 @@ import numpy as np
 import torch
 
 from sam3_train.embeddings.codecs import count_nonfinite
-from sam3_train.embeddings.rank_files import (
-    ENTRY_DTYPE,
-    INDEX_HEADER,
-    TAIL_RECORDS_CHECKED,
-    RankPaths,
-    lock_for_writing,
-    read_index,
-    recover_rank,
-)
-from sam3_train.embeddings.spec import SEED_BYTES, StoreError, StoreInfo, encode_key, read_store_info
+from sam3_train.embeddings.rank_appender import BackgroundSync, RankAppender
+from sam3_train.embeddings.rank_files import TAIL_RECORDS_CHECKED, RankPaths, recover_rank
+from sam3_train.embeddings.spec import StoreError, StoreInfo, read_store_info
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 POLL_S = 0.2  # how long a blocked producer waits before it looks for an error of the thread
@@ -65,7 +56,6 @@ class WriterStats:
     num_written: int = 0
     num_quarantined: int = 0
     num_bytes: int = 0
-    write_seconds: float = 0.0
     sync_seconds: float = 0.0
     max_queue_depth: int = 0
     blocked_seconds: float = 0.0
@@ -78,7 +68,7 @@ class EmbeddingWriter:
         directory: The store; `sam3_train.embeddings.plan.begin_export` has prepared it.
         rank: Whose files are appended to.
         max_queued: Batches that may wait; one more `put_batch` blocks.
-        sync_every: Records between syncs, at most 64 (what a resume checks).
+        sync_every: Records after which a sync begins, at most 64 (what a resume checks).
         sync_seconds: Longest time between syncs while records arrive.
 
     Raises:
@@ -90,7 +80,7 @@ class EmbeddingWriter:
         directory: str | Path,
         rank: int = 0,
         max_queued: int = 4,
-        sync_every: int = 32,
+        sync_every: int = 16,
         sync_seconds: float = 30.0,
     ) -> None:
         self.paths = RankPaths(Path(directory), rank)
@@ -105,12 +95,13 @@ class EmbeddingWriter:
         self.sync_seconds = sync_seconds
         self._queue: queue.Queue[_Batch | _Quarantine | None] = queue.Queue(max_queued)
         self._error: BaseException | None = None
-        self._files: _RankAppender | None = None
+        self._files: RankAppender | None = None
+        self._sync: BackgroundSync | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> EmbeddingWriter:
         recover_rank(self.paths, self.info.spec, self.info.export_id)
-        self._files = _RankAppender(self.paths, self.info)
+        self._files = RankAppender(self.paths, self.info)
         self._thread = threading.Thread(target=self._work, name=f"embedding-writer-{self.paths.rank}", daemon=True)
         self._thread.start()
         return self
@@ -192,135 +183,42 @@ class EmbeddingWriter:
     def _work(self) -> None:
         """Body of the thread: until None arrives or something fails."""
         assert self._files is not None
-        unsynced, last_sync = 0, time.monotonic()
         try:
-            while True:
-                item = self._queue.get()
-                if item is None:
-                    break
-                unsynced += self._write_quarantine(item) if isinstance(item, _Quarantine) else self._write(item)
-                if unsynced >= self.sync_every or time.monotonic() - last_sync > self.sync_seconds:
-                    self._sync()
-                    unsynced, last_sync = 0, time.monotonic()
-            self._sync()
+            with BackgroundSync(self._files, self.sync_every, self.sync_seconds) as self._sync:
+                while True:
+                    item = self._queue.get()
+                    if item is None:
+                        break
+                    if isinstance(item, _Quarantine):
+                        self._write_quarantine(item)
+                    else:
+                        self._write(item)
+            self.stats.sync_seconds = self._sync.sync_seconds
         except BaseException as error:
             self._error = _explain(error, self.paths)
 
-    def _write(self, batch: _Batch) -> int:
-        assert self._files is not None
+    def _write(self, batch: _Batch) -> None:
+        assert self._files is not None and self._sync is not None
         if batch.wait_ready is not None:
             batch.wait_ready()
-        start = time.perf_counter()
         for position, (key, seed) in enumerate(zip(batch.keys, batch.seeds, strict=True)):
             embedding = _to_float16(batch.embeddings[position])
             num_bad = count_nonfinite(embedding)
             if num_bad:
                 reason = f"{num_bad} of {embedding.size} values are not finite in float16"
                 self._write_quarantine(_Quarantine(key, reason))
-            else:
-                self.stats.num_bytes += self._files.append(key, seed, embedding)
-                self.stats.num_written += 1
+                continue
+            self.stats.num_bytes += self._files.append(key, seed, embedding)
+            self.stats.num_written += 1
+            self._sync.note_append()
         if batch.release is not None:
             batch.release()
-        self.stats.write_seconds += time.perf_counter() - start
-        return len(batch.keys)
 
-    def _write_quarantine(self, item: _Quarantine) -> int:
-        assert self._files is not None
+    def _write_quarantine(self, item: _Quarantine) -> None:
+        assert self._files is not None and self._sync is not None
         self._files.append_quarantine(item.key, item.reason)
         self.stats.num_quarantined += 1
-        return 1
-
-    def _sync(self) -> None:
-        assert self._files is not None
-        start = time.perf_counter()
-        self._files.sync()
-        self.stats.sync_seconds += time.perf_counter() - start
-
-
-class _RankAppender:
-    """The open files of one rank; every append keeps them consistent or cuts its own torn tail."""
-
-    def __init__(self, paths: RankPaths, info: StoreInfo) -> None:
-        self.paths, self.spec = paths, info.spec
-        self.has_new_quarantine = False
-        self._buffer = np.empty(self.spec.record_bytes, np.uint8)
-        with contextlib.ExitStack() as stack:
-            self.index_fd = _open_for_append(paths.index, stack)
-            lock_for_writing(self.index_fd, paths.index)
-            self.keys_fd = _open_for_append(paths.keys, stack)
-            self.values_fd = _open_for_append(paths.values, stack)
-            self.quarantine_fd = _open_for_append(paths.quarantine, stack)
-            entries = read_index(paths, info.export_id)
-            self.num_records = len(entries)
-            self.keys_end = int(entries["key_end"][-1]) if len(entries) else 0
-            self._open_files = stack.pop_all()
-
-    def append(self, key: str, seed: int, embedding_chw: np.ndarray) -> int:
-        """Write one record, its key and its index entry, in this order; returns the bytes of the record."""
-        if tuple(embedding_chw.shape) != self.spec.shape:
-            raise StoreError(
-                f"{self.paths.values}: the embedding of {key!r} has shape {tuple(embedding_chw.shape)}, the store "
-                f"{self.spec.shape}; export with the model the store was begun with"
-            )
-        key_line = encode_key(key) + b"\n"
-        self._buffer[:SEED_BYTES] = np.frombuffer(struct.pack("<i", seed), np.uint8)
-        self.spec.codec_object.encode_into(embedding_chw, self._buffer[SEED_BYTES:])
-        keys_end = self.keys_end + len(key_line)
-        crcs = (zlib.crc32(self._buffer.data), zlib.crc32(key_line[:-1]))
-        entry = np.array([(keys_end, *crcs)], ENTRY_DTYPE)
-        try:
-            write_all(self.values_fd, self._buffer.data)
-            write_all(self.keys_fd, memoryview(key_line))
-            write_all(self.index_fd, memoryview(entry.tobytes()))
-        except OSError:
-            self._cut_torn_tail()
-            raise
-        self.num_records += 1
-        self.keys_end = keys_end
-        return len(self._buffer)
-
-    def append_quarantine(self, key: str, reason: str) -> None:
-        """Write one line into the quarantine file."""
-        line = encode_key(key) + b"\t" + " ".join(reason.split()).encode("utf-8", "replace") + b"\n"
-        size = os.fstat(self.quarantine_fd).st_size
-        try:
-            write_all(self.quarantine_fd, memoryview(line))
-        except OSError:
-            os.ftruncate(self.quarantine_fd, size)
-            raise
-        self.has_new_quarantine = True
-
-    def sync(self) -> None:
-        """Make every append so far durable: what an entry points at first, then the entry."""
-        if self.has_new_quarantine:
-            os.fsync(self.quarantine_fd)
-            self.has_new_quarantine = False
-        for fd in (self.values_fd, self.keys_fd, self.index_fd):
-            os.fsync(fd)
-
-    def close(self) -> None:
-        """Close the files; nothing is written."""
-        self._open_files.close()
-
-    def _cut_torn_tail(self) -> None:
-        os.ftruncate(self.index_fd, INDEX_HEADER.size + self.num_records * ENTRY_DTYPE.itemsize)
-        os.ftruncate(self.keys_fd, self.keys_end)
-        os.ftruncate(self.values_fd, self.num_records * self.spec.record_bytes)
-        # What was written before must survive even if the user now frees space by other means than a clean exit.
-        self.sync()
-
-
-def write_all(fd: int, data: memoryview) -> None:
-    """Write every byte; a short write is continued, and a disk that takes nothing more raises OSError."""
-    while data:
-        data = data[os.write(fd, data) :]
-
-
-def _open_for_append(path: Path, stack: contextlib.ExitStack) -> int:
-    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    stack.callback(os.close, fd)
-    return fd
+        self._sync.note_append()
 
 
 def _to_float16(embedding_chw: Any) -> np.ndarray:

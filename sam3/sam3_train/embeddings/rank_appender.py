@@ -1,0 +1,196 @@
+"""Appending to one rank's files, and making what was appended durable while more is written.
+
+A disk that is told to sync only when a batch is full idles while the next batch is prepared; here a thread syncs
+whenever enough has gathered and the other goes on writing. The number of records that are not durable yet never exceeds
+what a resume checks by CRC (`TAIL_RECORDS_CHECKED`), because a sync may make an index entry durable before its values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from sam3_train.embeddings.rank_files import (
+    ENTRY_DTYPE,
+    INDEX_HEADER,
+    TAIL_RECORDS_CHECKED,
+    RankPaths,
+    lock_for_writing,
+    read_index,
+)
+from sam3_train.embeddings.spec import StoreError, StoreInfo, encode_key
+
+sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+
+class RankAppender:
+    """The open files of one rank; every append keeps them consistent or cuts its own torn tail."""
+
+    def __init__(self, paths: RankPaths, info: StoreInfo) -> None:
+        self.paths, self.spec = paths, info.spec
+        self.has_new_quarantine = False
+        with contextlib.ExitStack() as stack:
+            self.index_fd = _open_for_append(paths.index, stack)
+            lock_for_writing(self.index_fd, paths.index)
+            self.keys_fd = _open_for_append(paths.keys, stack)
+            self.values_fd = _open_for_append(paths.values, stack)
+            self.quarantine_fd = _open_for_append(paths.quarantine, stack)
+            entries = read_index(paths, info.export_id)
+            self.num_records = len(entries)
+            self.keys_end = int(entries["key_end"][-1]) if len(entries) else 0
+            self._open_files = stack.pop_all()
+
+    def append(self, key: str, seed: int, embedding_chw: np.ndarray) -> int:
+        """Write one record, its key and its index entry, in this order; returns the bytes of the record."""
+        if tuple(embedding_chw.shape) != self.spec.shape:
+            raise StoreError(
+                f"{self.paths.values}: the embedding of {key!r} has shape {tuple(embedding_chw.shape)}, the store "
+                f"{self.spec.shape}; export with the model the store was begun with"
+            )
+        key_line = encode_key(key) + b"\n"
+        seed_bytes = struct.pack("<i", seed)
+        payload = self.spec.codec_object.encode(embedding_chw).data
+        keys_end = self.keys_end + len(key_line)
+        crcs = (zlib.crc32(payload, zlib.crc32(seed_bytes)), zlib.crc32(key_line[:-1]))
+        entry = np.array([(keys_end, *crcs)], ENTRY_DTYPE)
+        try:
+            write_all(self.values_fd, memoryview(seed_bytes))
+            write_all(self.values_fd, payload)
+            write_all(self.keys_fd, memoryview(key_line))
+            write_all(self.index_fd, memoryview(entry.tobytes()))
+        except OSError:
+            self._cut_torn_tail()
+            raise
+        self.num_records += 1
+        self.keys_end = keys_end
+        return len(seed_bytes) + len(payload)
+
+    def append_quarantine(self, key: str, reason: str) -> None:
+        """Write one line into the quarantine file."""
+        line = encode_key(key) + b"\t" + " ".join(reason.split()).encode("utf-8", "replace") + b"\n"
+        size = os.fstat(self.quarantine_fd).st_size
+        try:
+            write_all(self.quarantine_fd, memoryview(line))
+        except OSError:
+            os.ftruncate(self.quarantine_fd, size)
+            raise
+        self.has_new_quarantine = True
+
+    def sync(self) -> None:
+        """Make every append so far durable: what an entry points at first, then the entry."""
+        if self.has_new_quarantine:
+            self.has_new_quarantine = False
+            sync_data(self.quarantine_fd)
+        for fd in (self.values_fd, self.keys_fd, self.index_fd):
+            sync_data(fd)
+
+    def close(self) -> None:
+        """Close the files; nothing is written."""
+        self._open_files.close()
+
+    def _cut_torn_tail(self) -> None:
+        os.ftruncate(self.index_fd, INDEX_HEADER.size + self.num_records * ENTRY_DTYPE.itemsize)
+        os.ftruncate(self.keys_fd, self.keys_end)
+        os.ftruncate(self.values_fd, self.num_records * self.spec.record_bytes)
+        # What was written before must survive even if the user now frees space by other means than a clean exit.
+        self.sync()
+
+
+class BackgroundSync:
+    """A thread that syncs a `RankAppender` after every so many appends or seconds. Use as a context manager.
+
+    Args:
+        files: What is synced.
+        every: Appends after which a sync begins.
+        seconds: Longest time after which it does.
+        max_pending: Appends that may wait for it; one more blocks.
+    """
+
+    def __init__(
+        self, files: RankAppender, every: int, seconds: float, max_pending: int = TAIL_RECORDS_CHECKED
+    ) -> None:
+        self.sync_seconds = 0.0
+        self._files, self._every, self._seconds, self._max_pending = files, every, seconds, max_pending
+        self._changed = threading.Condition()
+        self._num_appended = self._num_synced = 0
+        self._is_closing = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="embedding-sync", daemon=True)
+
+    def __enter__(self) -> BackgroundSync:
+        self._thread.start()
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *exc_info: object) -> None:
+        """Sync what is left; an error of the body is not replaced."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        if error_type is None:
+            self._raise_error()
+
+    def note_append(self) -> None:
+        """Count one append; waits while too many are not durable yet.
+
+        Raises:
+            OSError: What the disk answered to a sync.
+        """
+        with self._changed:
+            self._num_appended += 1
+            if self._num_appended - self._num_synced >= self._every:
+                self._changed.notify_all()
+            while self._num_appended - self._num_synced >= self._max_pending and self._error is None:
+                self._changed.wait()
+        self._raise_error()
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._wait_for_work()
+                    target, is_last = self._num_appended, self._is_closing
+                if target > self._num_synced:
+                    start = time.perf_counter()
+                    self._files.sync()
+                    self.sync_seconds += time.perf_counter() - start
+                with self._changed:
+                    self._num_synced = target
+                    self._changed.notify_all()
+                if is_last:
+                    return
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._changed.notify_all()
+
+    def _wait_for_work(self) -> None:
+        deadline = time.monotonic() + self._seconds
+        while not self._is_closing and self._num_appended - self._num_synced < self._every:
+            if not self._changed.wait(deadline - time.monotonic()) and self._num_appended > self._num_synced:
+                return
+            if time.monotonic() >= deadline:
+                deadline = time.monotonic() + self._seconds
+
+
+def write_all(fd: int, data: memoryview) -> None:
+    """Write every byte; a short write is continued, and a disk that takes nothing more raises OSError."""
+    while data:
+        data = data[os.write(fd, data) :]
+
+
+def _open_for_append(path: Path, stack: contextlib.ExitStack) -> int:
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    stack.callback(os.close, fd)
+    return fd
