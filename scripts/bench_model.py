@@ -1,0 +1,171 @@
+"""The teacher at its real size beside Hugging Face's: seconds and peak memory of one image on the same random weights.
+
+Both models share one set of weights in memory and run alternately, so that the machine's mood hits both.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam3.config import Sam3Config
+from sam3.hf_keys import released_to_hf
+from sam3.model.sam3_image import Sam3Image
+from sam3.model_builder import assemble_image_model
+from sam3.released_names import released_state_dict
+
+Row = dict[str, Any]
+_HF_VISION = "detector_model.vision_encoder."
+
+
+def build_pair(config: Sam3Config, device: torch.device, dtype: torch.dtype) -> tuple[Sam3Image, nn.Module]:
+    """Our image model (without SAM heads) and HF's vision model over the same tensors."""
+    import transformers
+
+    torch.manual_seed(0)
+    ours = assemble_image_model(config, device=device).to(dtype).eval().requires_grad_(False)
+    trunk, grid = config.trunk, config.grid_size
+    hf_config = transformers.Sam3VisionConfig(
+        backbone_config=transformers.Sam3ViTConfig(
+            hidden_size=trunk.embed_dim,
+            intermediate_size=trunk.mlp_dim,
+            num_hidden_layers=trunk.depth,
+            num_attention_heads=trunk.num_heads,
+            image_size=config.image_size_px,
+            patch_size=trunk.patch_size_px,
+            layer_norm_eps=1e-5,
+            window_size=trunk.window_size,
+            global_attn_indexes=list(trunk.global_blocks),
+            pretrain_image_size=trunk.pretrain_img_size_px,
+        ),
+        fpn_hidden_size=config.hidden_dim,
+        backbone_feature_sizes=[[grid * 4] * 2, [grid * 2] * 2, [grid] * 2],
+    )
+    weights = released_to_hf(released_state_dict(ours))
+    theirs = transformers.Sam3VisionModel(hf_config).to(device, dtype).eval().requires_grad_(False)
+    vision = {k.removeprefix(_HF_VISION): v for k, v in weights.items() if k.startswith(_HF_VISION)}
+    theirs.load_state_dict(vision, assign=True)
+    return ours, theirs
+
+
+class PeakMemory:
+    """Bytes that a piece of code needs at its peak beyond what was there before; None where it cannot be measured."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        self.bytes = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before: int | None = torch.cuda.memory_allocated(self.device)
+        else:
+            self._before = _reset_peak_rss()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device) - (self._before or 0)
+        elif self._before is not None:
+            self.bytes = _status_bytes("VmHWM") - self._before
+
+
+def _reset_peak_rss() -> int | None:
+    """Linux: forget the process's high-water mark; returns the memory in use, or None elsewhere."""
+    try:
+        # What glibc has kept for reuse would hide what the code takes from it.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        return _status_bytes("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def measure(forward: Callable[[], Any], trunk: nn.Module, device: torch.device) -> tuple[float, float, int | None]:
+    """Seconds of the trunk, seconds of the whole forward, and bytes at the peak."""
+    marks: list[float] = []
+
+    def mark(*_: object) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        marks.append(time.perf_counter())
+
+    hooks = [trunk.register_forward_pre_hook(mark), trunk.register_forward_hook(mark)]
+    with torch.no_grad(), PeakMemory(device) as memory:
+        mark()
+        forward()
+        mark()
+    for hook in hooks:
+        hook.remove()
+    start, trunk_start, trunk_end, end = marks
+    return trunk_end - trunk_start, end - start, memory.bytes
+
+
+def compare(config: Sam3Config, device: torch.device, dtype: torch.dtype, rounds: int) -> list[Row]:
+    """Rows for one precision: the best of ``rounds`` alternating runs after one warm-up on a GPU."""
+    ours, theirs = build_pair(config, device, dtype)
+    image = torch.rand(1, 3, config.image_size_px, config.image_size_px, device=device).to(dtype) * 2 - 1
+    vision = ours.backbone.vision_backbone
+    candidates: dict[str, tuple[Callable[[], Any], nn.Module]] = {
+        "ours": (lambda: ours.backbone.forward_image(image, need_sam2=False), vision.trunk),
+        "HF": (lambda: theirs(pixel_values=image), theirs.backbone),
+    }
+    runs: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in candidates}
+    for index in range(rounds + (device.type == "cuda")):
+        for name, (forward, trunk) in candidates.items():
+            result = measure(forward, trunk, device)
+            if index or device.type != "cuda":
+                runs[name].append(result)
+    difference = _largest_difference(ours, theirs, image)
+    label = f"{config.name} {config.image_size_px} px {str(dtype).removeprefix('torch.')}"
+    rows: list[Row] = []
+    for column, what in ((0, "trunk"), (1, "trunk + detector neck")):
+        best = {name: min(run[column] for run in runs[name]) for name in candidates}
+        rows.append({"name": f"{label}: {what}, HF", "value": best["HF"], "unit": "s"})
+        rows.append(
+            {
+                "name": f"{label}: {what}, ours",
+                "value": best["ours"],
+                "unit": "s",
+                "target": f"<= {best['HF']:.4g} (HF)",
+                "met": best["ours"] <= best["HF"],
+            }
+        )
+    for name in candidates:
+        peaks = [run[2] for run in runs[name] if run[2] is not None]
+        value = min(peaks) / 2**20 if peaks else None
+        rows.append({"name": f"{label}: peak memory beyond weights, {name}", "value": value, "unit": "MiB"})
+    rows.append({"name": f"{label}: largest difference of the features", "value": difference, "unit": ""})
+    return rows
+
+
+def _largest_difference(ours: Sam3Image, theirs: nn.Module, image: Tensor) -> float:
+    with torch.no_grad():
+        features = ours.backbone.vision_backbone.trunk(image)[-1]
+        expected = theirs.backbone(image).last_hidden_state
+    return float((features.flatten(2).transpose(1, 2) - expected).abs().max())
+
+
+def bench(quick: bool, device: torch.device) -> list[Row]:
+    """Rows for ``scripts/bench.py``; ``quick`` takes the tiny preset."""
+    config = Sam3Config.preset("tiny" if quick else "sam3")
+    rows = compare(config, device, torch.float32, rounds=1 if quick else 2)
+    if device.type == "cuda":
+        rows += compare(config, device, torch.bfloat16, rounds=3)
+    return rows
