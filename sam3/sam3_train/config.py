@@ -11,6 +11,7 @@ import argparse
 import ast
 import datetime
 import difflib
+import functools
 import json
 import os
 import platform
@@ -173,7 +174,8 @@ def environment_record() -> dict[str, Any]:
     }
 
 
-def package_versions(names: Sequence[str]) -> dict[str, str]:
+@functools.cache
+def package_versions(names: tuple[str, ...]) -> dict[str, str]:
     """Installed versions of those packages that are there."""
     versions = {}
     for name in names:

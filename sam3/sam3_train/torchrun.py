@@ -7,7 +7,7 @@ that is seen::
     python -m sam3_train.torchrun --nproc_per_node 2 stage1/train_stage1.py --cfg ...
     python -m sam3_train.torchrun --nnodes 2 --node_rank 0 --rdzv_backend c10d --rdzv_endpoint host:29500 ... script ...
 
-All of torchrun's own flags work. SIGTERM and SIGINT are handed to the processes; they get 30 s to save, as torch has it.
+All of torchrun's own flags work. SIGTERM and SIGINT are handed to the processes, which get 30 s to save.
 """
 
 from __future__ import annotations
