@@ -38,7 +38,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         """(B, C, H, W) -> (B, C, H, W). Collective in training: every rank calls it equally often."""
         if not self.training or world_size() == 1:
             return super().forward(x_bchw)
-        x = x_bchw.float()
+        x = x_bchw.float() if x_bchw.dtype in (torch.float16, torch.bfloat16) else x_bchw
         count_and_sum = torch.cat([x.new_full((1,), x.numel() / x.shape[1]), x.sum((0, 2, 3))])
         totals = _SumOverRanks.apply(count_and_sum)
         count = totals[0].detach()

@@ -31,8 +31,8 @@ def run_rank(rank: int, port: int, folder: str) -> None:
     assert convert_sync_batchnorm(network, torch.device("cpu")) == 1
     # Ranks of unequal size: the statistics must weigh images, not ranks.
     part = make_batch()[:4] if rank == 0 else make_batch()[4:]
-    network.float().train()
-    loss = network(part.float()).square().sum()
+    network.train()
+    loss = network(part).square().sum()
     loss.backward()
     gradients = [p.grad.clone() for p in network.parameters()]
     for gradient in gradients:
@@ -47,14 +47,14 @@ def test_two_ranks_equal_one_process_at_the_same_global_batch(tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     mp.start_processes(run_rank, (port, str(tmp_path)), nprocs=2, start_method="fork")
-    network = make_network().float().train()
-    network(make_batch().float()).square().sum().backward()
+    network = make_network().train()
+    network(make_batch()).square().sum().backward()
     for rank in (0, 1):
         result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         for own, other in zip(network.parameters(), result["gradients"], strict=True):
-            torch.testing.assert_close(other, own.grad, rtol=2e-4, atol=2e-4)
+            torch.testing.assert_close(other, own.grad, rtol=1e-10, atol=1e-10)
         for own, other in zip(network.buffers(), result["buffers"], strict=True):
-            torch.testing.assert_close(other, own, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(other, own, rtol=1e-12, atol=1e-12)
 
 
 def test_names_values_and_eval_mode_do_not_change():
