@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -126,6 +127,15 @@ def test_metadata_must_be_plain(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="JSON cannot"):
             write_merged(tmp_path / "a.pt", weights(), bad)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_files_are_as_readable_as_any_other(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    for suffix in (".pt", ".safetensors"):
+        write_merged(tmp_path / f"a{suffix}", weights(), {})
+        assert (tmp_path / f"a{suffix}").stat().st_mode == expected
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
