@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import pytest
+import torch
 
 from sam3.config import Sam3Config
 from sam3.model.sam3_image import Sam3Image
@@ -63,6 +64,17 @@ def test_rotary_tables_are_complex_and_not_buffers(released_model: Sam3Image) ->
     whole_grid = {int(k.split(".")[5]) for k, v in tables.items() if tuple(v.shape) == (5184, 32)}
     assert whole_grid == {7, 15, 23, 31}
     assert not list(released_model.backbone.vision_backbone.trunk.buffers())
+
+
+def test_shapes_of_features_at_1008_px(released_model: Sam3Image) -> None:
+    images = torch.empty(2, 3, 1008, 1008, device="meta")
+    assert released_model.backbone.vision_backbone.trunk(images)[0].shape == (2, 1024, 72, 72)
+    out = released_model.backbone.forward_image(images)
+    sides = [(2, 256, 288, 288), (2, 256, 144, 144), (2, 256, 72, 72)]
+    for result in (out, out["sam2_backbone_out"]):
+        assert [tuple(m.shape) for m in result["backbone_fpn"]] == sides
+        assert tuple(result["vision_features"].shape) == sides[-1]
+        assert tuple(result["vision_pos_enc"][2].shape) == sides[-1]
 
 
 def test_released_names_and_back(released_model: Sam3Image) -> None:
