@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class BackboneSpec:
     """Rule in ``sam3.checkpoint_keys`` between module names and published names."""
     classifier_prefixes: tuple[str, ...] = ()
     """Beginnings of the timm classifier's parameter names: dropped when ImageNet weights are loaded."""
+    conv_gelu_pairs: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    """Module class -> (convolution, GELU) children where the one directly follows the other in the forward."""
     fold: Callable[[nn.Module], None] | None = None
     """Folds, in place, parallel branches that the general Conv + BatchNorm folding cannot see."""
 

@@ -58,6 +58,7 @@ for _name, _student, _channels in (
             timm_name=_name,
             key_family="repvit",
             classifier_prefixes=("head.", "classifier."),
+            conv_gelu_pairs={"RepVitMlp": (("conv1", "act"),), "RepVitStem": (("conv1", "act1"),)},
             fold=_fold_branches,
         )
     )

@@ -38,11 +38,14 @@ def _uncached_attention_class() -> type[nn.Module]:
     from timm.models.tiny_vit import Attention
 
     class UncachedAttention(Attention):
-        """timm's window attention that expands its bias table in each forward (under 1% of the time)."""
+        """timm's window attention that expands its bias table in each forward (under 1% of the time).
+
+        The bias gets a batch dimension: PyTorch's fused CPU attention takes only masks with two or four dimensions.
+        """
 
         def get_attention_biases(self, device: torch.device) -> Tensor:
             index: Any = self.attention_bias_idxs
-            return self.attention_biases[:, index.to(device)]
+            return self.attention_biases[None, :, index.to(device)]
 
     return UncachedAttention
 
@@ -82,5 +85,10 @@ for _name, _student, _channels in (
             timm_name=f"{_name}_224",
             key_family="tiny_vit",
             classifier_prefixes=("head.", "norm_head."),
+            conv_gelu_pairs={
+                "PatchEmbed": (("conv1", "act"),),
+                "MBConv": (("conv1", "act1"), ("conv2", "act2")),
+                "PatchMerging": (("conv1", "act1"), ("conv2", "act2")),
+            },
         )
     )

@@ -1,0 +1,140 @@
+"""The fastest form of a student for running it: same features, weights that no longer change.
+
+What `optimize_for_deployment` does, and why (measured with `scripts/bench_students.py`, 1008 px on CPU):
+
+- BatchNorm and RepViT's branches are folded into convolutions (`fuse_for_inference`);
+- ``channels_last``: the students' depthwise convolutions are limited by memory, and this layout reads it in order;
+- on the CPU, the head's 3x3 convolution over 1024 channels, which is most of the work of the smallest student, is
+  computed by Winograd's method with a quarter of the multiplications, and a GELU inside the convolution before it;
+- on request ``torch.compile``, which fuses more but takes tens of seconds at the first image.
+
+Names in the state dict are those of the folded student.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sam3.model.student_encoder import StudentEncoder, StudentTrunk, fuse_for_inference
+from sam3.model.winograd import WinogradConv2d
+
+_MIN_WINOGRAD_CHANNELS = 256  # below, the transforms cost more than the multiplications they save
+
+
+def optimize_for_deployment(
+    module: nn.Module, channels_last: bool = True, fuse: bool = True, compile: bool = False
+) -> nn.Module:
+    """A copy of a student in the form that runs fastest, in eval mode and without gradients.
+
+    Args:
+        module: A `StudentTrunk` or `StudentEncoder` with its final weights. Anything else, such as the teacher's ViT,
+            has no special form: it is returned as it is (compiled in place, if asked for).
+        channels_last: Keep weights and features in channels-last order. Inputs may be in either.
+        fuse: Fold BatchNorm and branches, and use the CPU kernels named above.
+        compile: Compile with ``torch.compile``; run the result under ``torch.no_grad()``.
+
+    Returns:
+        A module that is called like ``module``. Outputs are equal within 1e-3 where they are of order 1.
+
+    Raises:
+        ValueError: If ``compile`` is asked for on the CPU and there is no C++ compiler.
+    """
+    if compile and _runs_on_cpu(module) and not has_cpp_compiler():
+        raise ValueError("torch.compile needs a C++ compiler on the CPU: install g++ or clang++, or set CXX")
+    deployed = module
+    if isinstance(module, StudentTrunk):
+        deployed = StudentTrunk(_deploy(module.model, channels_last, fuse, compile)).eval()
+    elif isinstance(module, StudentEncoder):
+        deployed = _deploy(module, channels_last, fuse, compile)
+    if compile:
+        deployed.compile(options={"freezing": True} if _runs_on_cpu(module) else None)
+    return deployed
+
+
+def has_cpp_compiler() -> bool:
+    """Whether ``torch.compile`` will find a C++ compiler for CPU code."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++") if name)
+
+
+def _runs_on_cpu(module: nn.Module) -> bool:
+    return all(parameter.device.type == "cpu" for parameter in module.parameters())
+
+
+def _deploy(student: StudentEncoder, channels_last: bool, fuse: bool, compile: bool) -> StudentEncoder:
+    deployed = copy.deepcopy(student).eval().requires_grad_(False)
+    if fuse:
+        deployed = fuse_for_inference(deployed)
+        if _runs_on_cpu(deployed):
+            _use_winograd(deployed.head)
+            if channels_last and not compile:  # the compiler does this by itself
+                _use_conv_gelu(deployed)
+    if channels_last:
+        deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return deployed
+
+
+def _use_winograd(head: nn.Sequential) -> None:
+    conv = head[3]
+    if type(conv) is nn.Conv2d and min(conv.in_channels, conv.out_channels) >= _MIN_WINOGRAD_CHANNELS:
+        head[3] = WinogradConv2d(conv)
+
+
+class ConvGelu(nn.Conv2d):
+    """A convolution followed by GELU as one oneDNN operation, where weights and input allow it."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        """
+        Args:
+            conv: Its parameters are shared.
+        """
+        super().__init__(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,  # type: ignore[arg-type]
+            stride=conv.stride,  # type: ignore[arg-type]
+            padding=conv.padding,  # type: ignore[arg-type]
+            dilation=conv.dilation,  # type: ignore[arg-type]
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            device="meta",
+        )
+        self.weight, self.bias = conv.weight, conv.bias
+        self.train(conv.training)
+
+    def forward(self, x_bchw: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        if torch.is_grad_enabled() or x_bchw.device.type != "cpu" or x_bchw.dtype != torch.float32:
+            return F.gelu(super().forward(x_bchw))
+        # The operation that torch.compile uses for this pattern; "none" is the exact (erf) GELU.
+        return torch.ops.mkldnn._convolution_pointwise(
+            x_bchw, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "gelu", [], "none"
+        )
+
+
+def _use_conv_gelu(student: StudentEncoder) -> None:
+    """Replace, in place, each folded convolution and the GELU that directly follows it."""
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return
+    pairs_of = student.backbone.spec.conv_gelu_pairs
+    for module in list(student.backbone.modules()):
+        for conv, gelu in pairs_of.get(type(module).__name__, ()):
+            _join(module, conv, gelu)
+    _join(student.head, "0", "2")  # the BatchNorm between them is folded
+
+
+def _join(module: nn.Module, conv_name: str, gelu_name: str) -> None:
+    conv, gelu = getattr(module, conv_name), getattr(module, gelu_name)
+    if (
+        type(conv) is nn.Conv2d
+        and conv.padding_mode == "zeros"
+        and type(gelu) is nn.GELU
+        and gelu.approximate == "none"
+    ):
+        setattr(module, conv_name, ConvGelu(conv))
+        setattr(module, gelu_name, nn.Identity())
