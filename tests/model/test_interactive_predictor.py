@@ -142,6 +142,24 @@ def test_any_kind_of_image_and_its_size(model: Sam3Image) -> None:
         assert predictor.predict(**CLICK)[0].shape == (3, HEIGHT, WIDTH)
 
 
+@pytest.mark.parametrize("mode", ["stretch", "letterbox"])
+def test_the_model_sees_exactly_what_preprocess_makes(mode: str) -> None:
+    """D-01: deployment has no image pipeline of its own that could differ from the teacher's and the student's."""
+    seen: list[Tensor] = []
+    features = SamFeatures(torch.zeros(1, 4, 18, 18), torch.zeros(1, 1, LOW, LOW), torch.zeros(1, 1, 36, 36))
+
+    def encode(images: Tensor) -> SamFeatures:
+        seen.append(images)
+        return features
+
+    preprocess = Preprocess(size_px=TINY.image_size_px, mode=mode, mean=(0.4, 0.5, 0.6))
+    predictor = SAM3InteractiveImagePredictor(DiscHeads(), encode, preprocess)
+    predictor.set_image(photo())
+    predictor.set_image_batch([photo(seed=1), photo(30, 20, seed=2)])
+    assert torch.equal(seen[0], preprocess(photo())[None])
+    assert torch.equal(seen[1], torch.stack([preprocess(photo(seed=1)), preprocess(photo(30, 20, seed=2))]))
+
+
 BAD_PROMPTS = {
     "nothing": ({}, "no prompt"),
     "labels missing": ({"point_coords": [[1, 2]]}, "point_labels is missing"),

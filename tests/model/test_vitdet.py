@@ -10,6 +10,7 @@ from sam3.config import Sam3Config, TrunkConfig
 from sam3.model.necks import Sam3DualViTDetNeck
 from sam3.model.vitdet import ViT, apply_rotary, drop_path, join_windows, rotary_table, split_windows
 from sam3.model.vl_backbone import SAM3VLBackbone
+from sam3.model_builder import assemble_image_model, build_sam3_image_model
 
 TINY = Sam3Config.preset("tiny")
 
@@ -196,3 +197,29 @@ def test_position_encodings_of_unread_levels_take_no_memory() -> None:
         encodings = backbone.forward_image(images(84).to(torch.float32))["vision_pos_enc"]
     assert sum(like.numel() for like in encodings._like) == 0
     assert encodings[2].dtype == torch.float32
+
+
+def test_training_under_autocast() -> None:
+    """bf16 autocast, as on a GPU: gradients are finite and float32, and close to those without autocast."""
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = assemble_image_model(TINY, enable_inst_interactivity=True).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            output = model.heads.forward_prompts(
+                model.image_features(images(84)), torch.tensor([[[30.0, 40.0]]]), torch.ones(1, 1, dtype=torch.long)
+            )
+        loss = output.mask_logits.float().square().mean() + output.ious.float().sum()
+        loss.backward()
+        gradients.append(model.backbone.vision_backbone.trunk.blocks[3].mlp.fc1.weight.grad.flatten())
+    plain, low = gradients
+    assert low.dtype == torch.float32
+    assert torch.cosine_similarity(plain, low, dim=0) > 0.95
+
+
+def test_the_builder_compiles_the_trunk_on_request() -> None:
+    options = {"load_from_HF": False, "config": "tiny", "device": "cpu"}
+    for compile in (False, True):
+        model = build_sam3_image_model(**options, compile=compile)
+        assert (model.backbone.vision_backbone.trunk._compiled_call_impl is not None) is compile
+        assert model.state_dict().keys() == build_sam3_image_model(**options).state_dict().keys()
