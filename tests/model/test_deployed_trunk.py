@@ -1,0 +1,103 @@
+"""The predictor runs a student in its fastest form, and never with weights that are out of date."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from sam3.config import Sam3Config, StudentConfig
+from sam3.model.sam3_image import Sam3Image
+from sam3.model.student_encoder import StudentTrunk
+from sam3.model_builder import assemble_image_model
+
+TINY = Sam3Config.preset("tiny")
+
+
+@pytest.fixture
+def model() -> Sam3Image:
+    torch.manual_seed(0)
+    return assemble_image_model(TINY.replace(student=StudentConfig("demo_cnn")), enable_inst_interactivity=True).eval()
+
+
+def photo() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+
+
+def plain_embedding(model: Sam3Image) -> torch.Tensor:
+    with torch.no_grad():
+        weight = model.heads.no_mem_embed
+        return model.image_features(model.preprocess(photo())[None].to(weight)).embedding
+
+
+def predicted_embedding(model: Sam3Image) -> torch.Tensor:
+    predictor = model.inst_interactive_predictor
+    predictor.set_image(photo())
+    return predictor.get_image_embedding()
+
+
+def test_same_features_from_folded_weights_and_the_student_stays(model: Sam3Image) -> None:
+    names = list(model.state_dict())
+    torch.testing.assert_close(predicted_embedding(model), plain_embedding(model), atol=1e-3, rtol=1e-3)
+    trunk = model.backbone.vision_backbone.trunk
+    deployed = model._deployed_trunk.of(trunk)
+    assert deployed is not trunk
+    assert deployed.model.student.fused
+    assert model._deployed_trunk.of(trunk) is deployed
+    assert isinstance(trunk, StudentTrunk)
+    assert not trunk.model.student.fused
+    assert list(model.state_dict()) == names
+
+
+def change_in_place(model: Sam3Image) -> None:
+    with torch.no_grad():
+        model.backbone.vision_backbone.trunk.model.head[3].weight.mul_(-1)
+
+
+def load_others(model: Sam3Image) -> None:
+    torch.manual_seed(1)
+    other = assemble_image_model(model.config, enable_inst_interactivity=True)
+    model.load_state_dict(other.state_dict())
+
+
+def assign_others(model: Sam3Image) -> None:
+    torch.manual_seed(1)
+    other = assemble_image_model(model.config, enable_inst_interactivity=True)
+    model.load_state_dict(other.state_dict(), assign=True)
+
+
+def change_statistics(model: Sam3Image) -> None:
+    model.backbone.vision_backbone.trunk.model.head[1].running_mean.add_(1.0)
+
+
+def cast_there_and_back(model: Sam3Image) -> None:
+    change_in_place(model)
+    model.to(torch.bfloat16).to(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "change", [change_in_place, load_others, assign_others, change_statistics, cast_there_and_back]
+)
+def test_changed_weights_are_seen(model: Sam3Image, change) -> None:
+    before = predicted_embedding(model)
+    change(model)
+    after = predicted_embedding(model)
+    assert (after - before).abs().max() > 0.01
+    torch.testing.assert_close(after, plain_embedding(model), atol=1e-3, rtol=1e-3)
+
+
+def test_other_dtypes_and_copies(model: Sam3Image) -> None:
+    expected = predicted_embedding(model)
+    torch.testing.assert_close(predicted_embedding(copy.deepcopy(model)), expected)
+    low = predicted_embedding(model.to(torch.bfloat16))
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - expected).norm() / expected.norm() < 0.05
+
+
+def test_training_mode_and_the_teacher_run_as_they_are(model: Sam3Image) -> None:
+    trunk = model.backbone.vision_backbone.trunk
+    assert model._deployed_trunk.of(trunk.train()) is trunk
+    teacher = assemble_image_model(TINY, enable_inst_interactivity=True).eval()
+    assert torch.equal(predicted_embedding(teacher), plain_embedding(teacher))
