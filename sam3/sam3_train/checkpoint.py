@@ -92,11 +92,12 @@ def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") 
         state = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"there is no checkpoint {path}") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"cannot read checkpoint {path}: it is damaged or not a training checkpoint ({reason})"
-        ) from None
+    except pickle.UnpicklingError:
+        # torch's own message suggests to load it all the same, which could run code.
+        raise UserError(f"{path} is damaged or no training checkpoint: it holds more than plain types") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is damaged or no training checkpoint: {reason}") from None
     if not isinstance(state, dict):
         raise UserError(f"{path} is not a training checkpoint: it holds a {type(state).__name__}")
     return state
@@ -211,6 +212,7 @@ class CheckpointManager:
 
     def _save(self, name: str, state: dict[str, Any], epoch: int, step: int, is_best: bool) -> Path:
         path = self.folder / name
+        self._clear_remains(step)
         sha256 = save_checkpoint(path, state)
         record = {"file": name, "sha256": sha256, "bytes": path.stat().st_size, "epoch": epoch, "step": step}
         record["best"] = is_best
@@ -226,6 +228,17 @@ class CheckpointManager:
             if other not in keep:
                 (self.folder / other["file"]).unlink(missing_ok=True)
         return path
+
+    def _clear_remains(self, step: int) -> None:
+        """Remove what a killed run left: half-written files, and step checkpoints that the pointer never named."""
+        known = set(self.names())
+        for pattern in (".ckpt_*.tmp", f".{BEST_NAME}.*.tmp", f".{POINTER_NAME}.*.tmp"):
+            for path in self.folder.glob(pattern):
+                path.unlink(missing_ok=True)
+        for path in self.folder.glob("ckpt_step_*.pth"):
+            number = path.stem.removeprefix("ckpt_step_")
+            if path.name not in known and number.isdigit() and int(number) < step:
+                path.unlink(missing_ok=True)
 
     def _keeps(self, record: dict[str, Any], age: int) -> bool:
         is_epoch = record["file"].startswith("ckpt_epoch_")

@@ -27,7 +27,7 @@ def masked_mse(
         Scalar >= 0.
 
     Raises:
-        ValueError: If shapes do not agree, an image has no valid cell, or a variance is not positive.
+        ValueError: If shapes do not agree, or (on the CPU) an image has no valid cell.
     """
     student, teacher, valid = _checked(student_bchw, teacher_bchw, valid_b1hw)
     error_bchw = (student - teacher).square()
@@ -51,7 +51,7 @@ def masked_cosine(student_bchw: Tensor, teacher_bchw: Tensor, valid_b1hw: Tensor
         Scalar in [0, 2].
 
     Raises:
-        ValueError: If shapes do not agree or an image has no valid cell.
+        ValueError: If shapes do not agree, or (on the CPU) an image has no valid cell.
     """
     student, teacher, valid = _checked(student_bchw, teacher_bchw, valid_b1hw)
     return _mean_over_valid(1.0 - F.cosine_similarity(student, teacher, dim=1).unsqueeze(1), valid)
@@ -114,21 +114,26 @@ def iou_l1_loss(predicted_iou_n: Tensor, logits_nhw: Tensor, targets_nhw: Tensor
     return (predicted_iou_n.float() - actual_iou_n).abs()
 
 
-def _checked(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(student: Tensor, teacher: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     if student.shape != teacher.shape or student.ndim != 4:
         raise ValueError(
             f"student features {tuple(student.shape)} and teacher features {tuple(teacher.shape)} must have the same "
             "shape (B, C, H, W)"
         )
     batch, _, height, width = student.shape
-    if valid is None:
-        valid = torch.ones(batch, 1, height, width, device=student.device)
-    if valid.shape != (batch, 1, height, width):
+    if valid is not None and valid.shape != (batch, 1, height, width):
         raise ValueError(f"valid mask must be {(batch, 1, height, width)}, got {tuple(valid.shape)}")
-    return student.float(), teacher.detach().float(), valid.float()
+    return student.float(), teacher.detach().float(), valid if valid is None else valid.float()
 
 
-def _mean_over_valid(values_b1hw: Tensor, valid_b1hw: Tensor) -> Tensor:
-    # `where` and not a product: a padded cell may hold inf or NaN, and 0 * inf would poison the sum.
+def _mean_over_valid(values_b1hw: Tensor, valid_b1hw: Tensor | None) -> Tensor:
+    if valid_b1hw is None:
+        return values_b1hw.mean()
+    num_valid_b = valid_b1hw.sum((1, 2, 3))
+    # Elsewhere looking at the values would make the host wait for the device in each step; the loss is NaN there, which
+    # the loop counts as a skipped step.
+    if num_valid_b.device.type == "cpu" and not num_valid_b.all():
+        raise ValueError(f"image {int((num_valid_b == 0).nonzero()[0])} of the batch has no valid cell")
+    # `where` and not a product alone: padding may hold anything, and 0 * inf would poison the sum.
     inside = torch.where(valid_b1hw > 0, values_b1hw * valid_b1hw, torch.zeros_like(values_b1hw))
-    return (inside.sum((1, 2, 3)) / valid_b1hw.sum((1, 2, 3))).mean()
+    return (inside.sum((1, 2, 3)) / num_valid_b).mean()

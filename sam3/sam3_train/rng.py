@@ -27,7 +27,9 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
 
 def mix_seed(*numbers: int) -> int:
     """One seed in [0, 2^63) from several integers, e.g. (seed, epoch, index): a pure function, the same everywhere."""
-    words = np.random.SeedSequence([number % 2**64 for number in numbers]).generate_state(2, np.uint32)
+    # numpy ignores trailing zeros, so the count of numbers goes in as well.
+    entropy = [len(numbers), *(number % 2**64 for number in numbers)]
+    words = np.random.SeedSequence(entropy).generate_state(2, np.uint32)
     return (int(words[0]) << 31) ^ int(words[1])
 
 
