@@ -122,7 +122,8 @@ class Preprocess:
         unknown = sorted(set(data) - known)
         if unknown:
             raise ValueError(f"preprocessing description: unknown field {unknown[0]!r}; known are {sorted(known)}")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
     def require_equal(self, other: Preprocess, mine: str, theirs: str) -> None:
         """Check that two preprocessing descriptions that meet are the same.
