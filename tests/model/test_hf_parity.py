@@ -76,6 +76,9 @@ def hf_tracker(hf_weights: dict[str, Tensor]):
         mask_decoder_config={
             "hidden_size": TINY.hidden_dim,
             "mlp_dim": TINY.sam_heads.transformer_mlp_dim,
+            "num_hidden_layers": TINY.sam_heads.transformer_depth,
+            "num_attention_heads": TINY.sam_heads.transformer_num_heads,
+            "attention_downsample_rate": TINY.sam_heads.attention_downsample_rate,
             "iou_head_hidden_dim": TINY.sam_heads.head_hidden_dim,
         },
     )
