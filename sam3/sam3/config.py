@@ -224,6 +224,6 @@ PRESETS: dict[str, Sam3Config] = {
             global_blocks=(2, 5),
             drop_path_rate=0.0,
         ),
-        sam_heads=SamHeadsConfig(transformer_mlp_dim=256, head_hidden_dim=64),
+        sam_heads=SamHeadsConfig(transformer_num_heads=4, transformer_mlp_dim=256, head_hidden_dim=64),
     ),
 }
