@@ -64,7 +64,7 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
             "world",
             "Make the demo world",
             ["python", "data/demo/demo_world.py", "--output", str(world), *world_options],
-            [Path("data/demo/demo_world.py")],
+            [Path("data/demo") / f"demo_{name}.py" for name in ("world", "scenes", "shapes", "backgrounds", "rle")],
             [world / "images/train", world / "images/val", world / "images/test", world / "photos"],
         ),
         Step(
@@ -105,7 +105,10 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
                 *("--teacher", str(TEACHER), "--student", str(merged), "--run", str(run)),
                 *("--stamps", str(output / "steps"), "--output", str(page)),
             ],
-            [cfg_file, *(Path("scripts") / f"demo_{name}.py" for name in ("report", "page", "compare", "drawing"))],
+            [
+                cfg_file,
+                *(Path("scripts") / f"demo_{name}.py" for name in ("report", "page", "compare", "drawing", "scores")),
+            ],
             [page],
             {"PYTHONPATH": "data/demo"},
         ),

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from demo_compare import Prompt, iou
+from demo_eval import evaluate_promptable
 from demo_page import Score
 from PIL import Image
 
@@ -68,14 +69,11 @@ def box_ious(model: Any, scenes: Sequence[SceneFile]) -> np.ndarray:
 
 
 def score_prompts(teacher: Any, student: Any, scenes: Sequence[SceneFile]) -> tuple[list[Score], int]:
-    """Mean IoU of both models with the exact masks for a box, one click and three clicks, and the number of objects."""
-    kinds = (("box", box_ious),)
-    scores, num_objects = [], 0
-    for words, measure in kinds:
-        means = [measure(model, scenes) for model in (teacher, student)]
-        num_objects = len(means[0])
-        scores.append(Score(words, float(means[0].mean()), float(means[1].mean())))
-    return scores, num_objects
+    """Mean IoU of both models with the exact masks, by kind of prompt, box first; and the number of objects."""
+    results = [evaluate_promptable(model, scenes) for model in (teacher, student)]
+    kinds = {"box": "box", "one_click": "one click", "three_clicks": "three clicks"}
+    scores = [Score(words, results[0][kind], results[1][kind]) for kind, words in kinds.items()]
+    return scores, int(results[0]["num_objects"])
 
 
 def shown_prompts(scenes: Sequence[SceneFile]) -> list[tuple[SceneFile, Prompt, str, np.ndarray]]:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from demo_compare import Prompt, compare, describe_model, iou, segment
+from demo_eval import evaluate_promptable
 from demo_report import LOAD_LINES, make_load_lines, photo_prompts, run_load_lines, training_charts
-from demo_scores import box_ious, epoch_checkpoints, read_scenes, shown_prompts
+from demo_scores import box_ious, epoch_checkpoints, read_scenes, score_prompts, shown_prompts
 from fixtures_data import make_sa1b_tree
 from PIL import Image
 
@@ -184,3 +185,11 @@ def test_checkpoints_on_the_curve_are_spread_evenly_and_end_with_the_last(tmp_pa
     assert len(kept) == 12
     assert (kept[0][0], kept[-1][0]) == (1, 40)
     assert kept == sorted(kept)
+
+
+def test_scores_are_those_of_the_shared_evaluation(teacher, student, tmp_path):
+    scenes = read_scenes(make_sa1b_tree(tmp_path), "val", limit=2)
+    scores, num_objects = score_prompts(teacher, student, scenes)
+    assert [score.prompt for score in scores] == ["box", "one click", "three clicks"]
+    assert num_objects == 4
+    assert scores[0].student == pytest.approx(evaluate_promptable(student, scenes)["box"])
