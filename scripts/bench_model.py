@@ -10,7 +10,7 @@ import gc
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +97,17 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-def measure(forward: Callable[[], Any], trunk: nn.Module, device: torch.device) -> tuple[float, float, int | None]:
-    """Seconds of the trunk, seconds of the whole forward, and bytes at the peak."""
+class Run(NamedTuple):
+    """One forward: seconds of the trunk and of trunk and neck, bytes at the peak, the coarsest map."""
+
+    trunk_s: float
+    total_s: float
+    peak_bytes: int | None
+    features: Tensor
+
+
+def measure(forward: Callable[[], Tensor], trunk: nn.Module, device: torch.device) -> Run:
+    """Run once; the trunk's time is taken by hooks."""
     marks: list[float] = []
 
     def mark(*_: object) -> None:
@@ -109,12 +118,12 @@ def measure(forward: Callable[[], Any], trunk: nn.Module, device: torch.device) 
     hooks = [trunk.register_forward_pre_hook(mark), trunk.register_forward_hook(mark)]
     with torch.no_grad(), PeakMemory(device) as memory:
         mark()
-        forward()
+        features = forward()
         mark()
     for hook in hooks:
         hook.remove()
     start, trunk_start, trunk_end, end = marks
-    return trunk_end - trunk_start, end - start, memory.bytes
+    return Run(trunk_end - trunk_start, end - start, memory.bytes, features)
 
 
 def compare(config: Sam3Config, device: torch.device, dtype: torch.dtype, rounds: int) -> list[Row]:
@@ -122,21 +131,21 @@ def compare(config: Sam3Config, device: torch.device, dtype: torch.dtype, rounds
     ours, theirs = build_pair(config, device, dtype)
     image = torch.rand(1, 3, config.image_size_px, config.image_size_px, device=device).to(dtype) * 2 - 1
     vision = ours.backbone.vision_backbone
-    candidates: dict[str, tuple[Callable[[], Any], nn.Module]] = {
-        "ours": (lambda: ours.backbone.forward_image(image, need_sam2=False), vision.trunk),
-        "HF": (lambda: theirs(pixel_values=image), theirs.backbone),
+    candidates: dict[str, tuple[Callable[[], Tensor], nn.Module]] = {
+        "ours": (lambda: ours.backbone.forward_image(image, need_sam2=False)["vision_features"], vision.trunk),
+        "HF": (lambda: theirs(pixel_values=image).fpn_hidden_states[vision.num_levels - 1], theirs.backbone),
     }
-    runs: dict[str, list[tuple[float, float, int | None]]] = {name: [] for name in candidates}
+    runs: dict[str, list[Run]] = {name: [] for name in candidates}
     for index in range(rounds + (device.type == "cuda")):
         for name, (forward, trunk) in candidates.items():
             result = measure(forward, trunk, device)
             if index or device.type != "cuda":
                 runs[name].append(result)
-    difference = _largest_difference(ours, theirs, image)
+    difference = float((runs["ours"][-1].features - runs["HF"][-1].features).abs().max())
     label = f"{config.name} {config.image_size_px} px {str(dtype).removeprefix('torch.')}"
     rows: list[Row] = []
-    for column, what in ((0, "trunk"), (1, "trunk + detector neck")):
-        best = {name: min(run[column] for run in runs[name]) for name in candidates}
+    for field, what in (("trunk_s", "trunk"), ("total_s", "trunk + detector neck")):
+        best = {name: min(getattr(run, field) for run in runs[name]) for name in candidates}
         rows.append({"name": f"{label}: {what}, HF", "value": best["HF"], "unit": "s"})
         rows.append(
             {
@@ -148,24 +157,17 @@ def compare(config: Sam3Config, device: torch.device, dtype: torch.dtype, rounds
             }
         )
     for name in candidates:
-        peaks = [run[2] for run in runs[name] if run[2] is not None]
+        peaks = [run.peak_bytes for run in runs[name] if run.peak_bytes is not None]
         value = min(peaks) / 2**20 if peaks else None
         rows.append({"name": f"{label}: peak memory beyond weights, {name}", "value": value, "unit": "MiB"})
     rows.append({"name": f"{label}: largest difference of the features", "value": difference, "unit": ""})
     return rows
 
 
-def _largest_difference(ours: Sam3Image, theirs: nn.Module, image: Tensor) -> float:
-    with torch.no_grad():
-        features = ours.backbone.vision_backbone.trunk(image)[-1]
-        expected = theirs.backbone(image).last_hidden_state
-    return float((features.flatten(2).transpose(1, 2) - expected).abs().max())
-
-
 def bench(quick: bool, device: torch.device) -> list[Row]:
     """Rows for ``scripts/bench.py``; ``quick`` takes the tiny preset."""
     config = Sam3Config.preset("tiny" if quick else "sam3")
-    rows = compare(config, device, torch.float32, rounds=1 if quick else 2)
+    rows = compare(config, device, torch.float32, rounds=3 if quick else 2)
     if device.type == "cuda":
         rows += compare(config, device, torch.bfloat16, rounds=3)
     return rows
