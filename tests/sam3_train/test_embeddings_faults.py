@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 
@@ -238,7 +236,8 @@ def test_a_slow_disk_slows_the_export_down_instead_of_filling_memory(tmp_path, m
     thread = threading.Thread(target=produce)
     thread.start()
     time.sleep(0.6)
-    assert len(num_put) == 4  # three wait and one is being written
+    # Three wait to be encoded, one is being encoded, three wait for the disk and one is being written.
+    assert len(num_put) == 8
     gate.set()
     thread.join(10)
     assert len(num_put) == len(KEYS) and stats[0].max_queue_depth <= 3 and stats[0].blocked_seconds > 0.3
@@ -331,12 +330,14 @@ def test_an_interruption_writes_what_is_queued(tmp_path):
 def test_two_exports_cannot_write_one_rank(tmp_path):
     make_store(tmp_path, stop_after=2)
     with EmbeddingWriter(tmp_path):
-        script = (
-            "import sys; from sam3_train.embeddings import EmbeddingWriter\n"
-            "with EmbeddingWriter(sys.argv[1]): raise SystemExit('opened twice')"
-        )
-        done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert "another process is writing this store" in done.stderr
+        child = os.fork()
+        if child == 0:
+            try:
+                EmbeddingWriter(tmp_path).__enter__()
+            except StoreError as error:
+                os._exit(7 if "another process is writing this store" in str(error) else 1)
+            os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
 
 
 def test_verify_is_content_with_a_whole_store(tmp_path, capsys):

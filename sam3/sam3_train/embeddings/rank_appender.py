@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import struct
 import threading
 import time
 import zlib
@@ -25,7 +24,7 @@ from sam3_train.embeddings.rank_files import (
     lock_for_writing,
     read_index,
 )
-from sam3_train.embeddings.spec import StoreError, StoreInfo, encode_key
+from sam3_train.embeddings.spec import StoreInfo, encode_key
 
 sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
 
@@ -47,19 +46,11 @@ class RankAppender:
             self.keys_end = int(entries["key_end"][-1]) if len(entries) else 0
             self._open_files = stack.pop_all()
 
-    def append(self, key: str, seed: int, embedding_chw: np.ndarray) -> int:
+    def append(self, key: str, seed_bytes: bytes, payload: memoryview, crc: int) -> int:
         """Write one record, its key and its index entry, in this order; returns the bytes of the record."""
-        if tuple(embedding_chw.shape) != self.spec.shape:
-            raise StoreError(
-                f"{self.paths.values}: the embedding of {key!r} has shape {tuple(embedding_chw.shape)}, the store "
-                f"{self.spec.shape}; export with the model the store was begun with"
-            )
         key_line = encode_key(key) + b"\n"
-        seed_bytes = struct.pack("<i", seed)
-        payload = self.spec.codec_object.encode(embedding_chw).data
         keys_end = self.keys_end + len(key_line)
-        crcs = (zlib.crc32(payload, zlib.crc32(seed_bytes)), zlib.crc32(key_line[:-1]))
-        entry = np.array([(keys_end, *crcs)], ENTRY_DTYPE)
+        entry = np.array([(keys_end, crc, zlib.crc32(key_line[:-1]))], ENTRY_DTYPE)
         try:
             write_all(self.values_fd, memoryview(seed_bytes))
             write_all(self.values_fd, payload)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -142,6 +142,13 @@ class EmbeddingStore:
         """
         seed, payload = self._record(key)
         return seed, {name: np.array(part) for name, part in self.codec.split(payload, self.spec.shape).items()}
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Ask the operating system to load some records in the background; keys that are not there are ignored."""
+        for key in keys:
+            place = self._index.find(key)
+            if place is not None:
+                _read_ahead(self._map(place[0]), place[1] * self.spec.record_bytes, self.spec.record_bytes)
 
     def read_at(self, rank: int, record: int) -> tuple[int, np.ndarray]:
         """`read` by place instead of key, without a CRC check."""

@@ -1,10 +1,10 @@
-"""Appending to a store: a bounded queue in front of one thread that encodes, checks and writes.
+"""Appending to a store: bounded queues in front of two threads, one that encodes and checks, one that writes.
 
 Back-pressure: `EmbeddingWriter.put_batch` blocks while the queue is full, so host memory is bounded whatever the disk
-does. Durability: a second thread syncs the files after ``sync_every`` records or ``sync_seconds``, whichever comes
+does. Durability: a third thread syncs the files after ``sync_every`` records or ``sync_seconds``, whichever comes
 first, while more records are written. A killed process loses nothing that was written (the operating system has it); a
 power failure loses at most 64 records, and resuming makes them again. Syncing costs the time that the disk needs for
-the bytes in any case; ``bench_store.py`` compares with a plain file.
+the bytes in any case; ``scripts/bench_store.py`` compares with a plain file.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ import errno
 import os
 import queue
 import shutil
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,7 @@ from sam3_train.embeddings.rank_files import TAIL_RECORDS_CHECKED, RankPaths, re
 from sam3_train.embeddings.spec import StoreError, StoreInfo, read_store_info
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+RECORDS_AHEAD = 3  # encoded records that may wait for the disk
 POLL_S = 0.2  # how long a blocked producer waits before it looks for an error of the thread
 
 
@@ -41,6 +44,14 @@ class _Batch:
     embeddings: Any
     wait_ready: Callable[[], None] | None
     release: Callable[[], None] | None
+
+
+@dataclass
+class _Record:
+    key: str
+    payload: memoryview
+    seed_bytes: bytes
+    crc: int
 
 
 @dataclass
@@ -93,17 +104,19 @@ class EmbeddingWriter:
         self.stats = WriterStats()
         self.sync_every = sync_every
         self.sync_seconds = sync_seconds
-        self._queue: queue.Queue[_Batch | _Quarantine | None] = queue.Queue(max_queued)
+        self._batches: queue.Queue[_Batch | _Quarantine | None] = queue.Queue(max_queued)
+        self._records: queue.Queue[_Record | _Quarantine | Callable[[], None] | None] = queue.Queue(RECORDS_AHEAD)
         self._error: BaseException | None = None
         self._files: RankAppender | None = None
-        self._sync: BackgroundSync | None = None
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> EmbeddingWriter:
         recover_rank(self.paths, self.info.spec, self.info.export_id)
         self._files = RankAppender(self.paths, self.info)
-        self._thread = threading.Thread(target=self._work, name=f"embedding-writer-{self.paths.rank}", daemon=True)
-        self._thread.start()
+        for stage in (self._encode_all, self._write_all):
+            thread = threading.Thread(target=self._run_stage, args=(stage,), name="embedding-writer", daemon=True)
+            self._threads.append(thread)
+            thread.start()
         return self
 
     def __exit__(
@@ -114,11 +127,11 @@ class EmbeddingWriter:
         Raises:
             StoreError: What stopped the thread; also in place of an error of the body, which has then not been saved.
         """
-        assert self._thread is not None and self._files is not None
-        if self._error is None:
-            with contextlib.suppress(StoreError):  # raised again below
-                self._hand_over(None)
-        self._thread.join()
+        assert self._files is not None
+        with contextlib.suppress(StoreError):  # raised again below
+            self._hand_over(self._batches, None)
+        for thread in self._threads:
+            thread.join()
         self._files.close()
         if self._error is not None and self._error is not error:
             raise self._error from error
@@ -126,7 +139,7 @@ class EmbeddingWriter:
     @property
     def queue_depth(self) -> int:
         """Batches that wait to be written."""
-        return self._queue.qsize()
+        return self._batches.qsize()
 
     def put(self, key: str, seed: int, embedding_chw: Any) -> None:
         """Queue one record; see `put_batch`."""
@@ -155,70 +168,98 @@ class EmbeddingWriter:
         """
         if not len(keys) == len(seeds) == len(embeddings_bchw):
             raise ValueError(f"{len(keys)} keys, {len(seeds)} seeds and {len(embeddings_bchw)} embeddings")
-        self._hand_over(_Batch(list(keys), list(seeds), embeddings_bchw, wait_ready, release))
+        self._queue_up(_Batch(list(keys), list(seeds), embeddings_bchw, wait_ready, release))
 
     def quarantine(self, key: str, reason: str) -> None:
         """Record that a key gets no embedding, and why; in order with the records."""
-        self._hand_over(_Quarantine(key, reason))
+        self._queue_up(_Quarantine(key, reason))
 
     def raise_error(self) -> None:
         """Raise what stopped the thread, if anything did."""
         if self._error is not None:
             raise self._error
 
-    def _hand_over(self, item: _Batch | _Quarantine | None) -> None:
-        if self._thread is None:
+    def _queue_up(self, item: _Batch | _Quarantine) -> None:
+        if not self._threads:
             raise RuntimeError("EmbeddingWriter is a context manager: use it in a with statement")
-        self.raise_error()
         start = time.perf_counter()
+        self._hand_over(self._batches, item)
+        self.stats.blocked_seconds += time.perf_counter() - start
+        self.stats.max_queue_depth = max(self.stats.max_queue_depth, self._batches.qsize())
+
+    def _hand_over(self, target: queue.Queue[Any], item: Any) -> None:
+        """Put an item, waiting for room unless a thread has failed."""
+        while True:
+            self.raise_error()
+            try:
+                target.put(item, timeout=POLL_S)
+                return
+            except queue.Full:
+                continue
+
+    def _take(self, source: queue.Queue[Any]) -> Any:
+        """The next item; None at the end, also if the other thread has failed and there will be none."""
         while True:
             try:
-                self._queue.put(item, timeout=POLL_S)
-                break
-            except queue.Full:
-                self.raise_error()
-        self.stats.blocked_seconds += time.perf_counter() - start
-        self.stats.max_queue_depth = max(self.stats.max_queue_depth, self._queue.qsize())
+                return source.get(timeout=POLL_S)
+            except queue.Empty:
+                if self._error is not None:
+                    return None
 
-    def _work(self) -> None:
-        """Body of the thread: until None arrives or something fails."""
-        assert self._files is not None
+    def _run_stage(self, stage: Callable[[], None]) -> None:
+        """Body of a thread; the first error of either is kept for the caller and ends the other."""
         try:
-            with BackgroundSync(self._files, self.sync_every, self.sync_seconds) as self._sync:
-                while True:
-                    item = self._queue.get()
-                    if item is None:
-                        break
-                    if isinstance(item, _Quarantine):
-                        self._write_quarantine(item)
-                    else:
-                        self._write(item)
-            self.stats.sync_seconds = self._sync.sync_seconds
+            stage()
         except BaseException as error:
-            self._error = _explain(error, self.paths)
+            if self._error is None:
+                self._error = _explain(error, self.paths)
 
-    def _write(self, batch: _Batch) -> None:
-        assert self._files is not None and self._sync is not None
-        if batch.wait_ready is not None:
-            batch.wait_ready()
-        for position, (key, seed) in enumerate(zip(batch.keys, batch.seeds, strict=True)):
-            embedding = _to_float16(batch.embeddings[position])
-            num_bad = count_nonfinite(embedding)
-            if num_bad:
-                reason = f"{num_bad} of {embedding.size} values are not finite in float16"
-                self._write_quarantine(_Quarantine(key, reason))
-                continue
-            self.stats.num_bytes += self._files.append(key, seed, embedding)
-            self.stats.num_written += 1
-            self._sync.note_append()
-        if batch.release is not None:
-            batch.release()
+    def _encode_all(self) -> None:
+        try:
+            while (item := self._take(self._batches)) is not None:
+                if isinstance(item, _Quarantine):
+                    self._hand_over(self._records, item)
+                    continue
+                if item.wait_ready is not None:
+                    item.wait_ready()
+                for position, (key, seed) in enumerate(zip(item.keys, item.seeds, strict=True)):
+                    self._hand_over(self._records, self._encode(key, seed, item.embeddings[position]))
+                if item.release is not None:
+                    self._hand_over(self._records, item.release)
+        finally:
+            # After an error too, so that what was encoded before is written and synced.
+            with contextlib.suppress(StoreError):
+                self._hand_over(self._records, None)
 
-    def _write_quarantine(self, item: _Quarantine) -> None:
-        assert self._files is not None and self._sync is not None
-        self._files.append_quarantine(item.key, item.reason)
-        self.stats.num_quarantined += 1
-        self._sync.note_append()
+    def _encode(self, key: str, seed: int, embedding_chw: Any) -> _Record | _Quarantine:
+        embedding = _to_float16(embedding_chw)
+        if tuple(embedding.shape) != self.info.spec.shape:
+            raise StoreError(
+                f"{self.paths.values}: the embedding of {key!r} has shape {tuple(embedding.shape)}, the store "
+                f"{self.info.spec.shape}; export with the model the store was begun with"
+            )
+        num_bad = count_nonfinite(embedding)
+        if num_bad:
+            return _Quarantine(key, f"{num_bad} of {embedding.size} values are not finite in float16")
+        payload = self.info.spec.codec_object.encode(embedding).data
+        seed_bytes = struct.pack("<i", seed)
+        return _Record(key, payload, seed_bytes, zlib.crc32(payload, zlib.crc32(seed_bytes)))
+
+    def _write_all(self) -> None:
+        assert self._files is not None
+        with BackgroundSync(self._files, self.sync_every, self.sync_seconds) as sync:
+            while (item := self._take(self._records)) is not None:
+                if isinstance(item, _Record):
+                    self.stats.num_bytes += self._files.append(item.key, item.seed_bytes, item.payload, item.crc)
+                    self.stats.num_written += 1
+                elif isinstance(item, _Quarantine):
+                    self._files.append_quarantine(item.key, item.reason)
+                    self.stats.num_quarantined += 1
+                else:
+                    item()
+                    continue
+                sync.note_append()
+        self.stats.sync_seconds = sync.sync_seconds
 
 
 def _to_float16(embedding_chw: Any) -> np.ndarray:
