@@ -4,9 +4,9 @@
     python data/demo/demo_world.py --output output/demo/world --train 200 --val 20 --test 20 --dry-run
 
 It writes ``images/{train,val,test}/sa_<n>.jpg`` with ``annotations/{train,val,test}/sa_<n>.json``,
-``clips/{train,val,test}/<clip>/`` (frames and masks) and ``photos/`` (the photos themselves, with ``photos.json``, which
-says which ones no training image shows). The same settings give the same bytes on any number of processes. A second run
-reuses what is there; an interrupted one continues. ``world.json`` describes the whole.
+``clips/{train,val,test}/<clip>/`` (frames and masks) and ``photos/`` (the photos themselves, with ``photos.json``,
+which says which ones no training image shows). The same settings give the same bytes on any number of processes. A
+second run reuses what is there; an interrupted one continues. ``world.json`` describes the whole.
 """
 
 from __future__ import annotations
