@@ -1,0 +1,206 @@
+"""Students at 1008 px: time of a forward as trained and in every deployment form, and of a training step.
+
+    python scripts/bench.py stage1 --only students
+    python scripts/bench_students.py --student es_ev_s es_rv_m --no-compile
+
+All forms of a student are timed in turn within one run, so that a busy machine slows all of them alike; the figure is
+the fastest of the runs. Outputs of each form are compared with those of the student as trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sam3.backbones import backbone_spec, student_names
+from sam3.config import Sam3Config, StudentConfig
+from sam3.model.deployment import has_cpp_compiler, optimize_for_deployment
+from sam3.model.student_encoder import StudentEncoder, build_student
+from sam3_train.distributed import pick_device
+from sam3_train.errors import run_cli
+
+TARGET_SPEEDUP = 2.0
+TOLERANCE = 1e-3
+AS_TRAINED = "as trained"
+
+
+@dataclass
+class StudentTimes:
+    """What was measured of one student."""
+
+    student: str
+    seconds: dict[str, float]
+    """Form -> fastest forward of one image."""
+    differences: dict[str, float]
+    """Form -> largest difference from the outputs as trained, in units of their standard deviation."""
+    training_step_s: float
+
+    @property
+    def best_form(self) -> str:
+        """The fastest form whose outputs agree."""
+        agreeing = [form for form in self.seconds if self.differences[form] < TOLERANCE]
+        return min(agreeing, key=self.seconds.__getitem__)
+
+    @property
+    def speedup(self) -> float:
+        """As trained over best."""
+        return self.seconds[AS_TRAINED] / self.seconds[self.best_form]
+
+
+def deployment_forms(student: StudentEncoder, compile: bool) -> dict[str, nn.Module]:
+    """Every form that is timed; the first is the student itself."""
+    forms: dict[str, nn.Module] = {
+        AS_TRAINED: student,
+        "channels_last": optimize_for_deployment(student, fuse=False),
+        "folded": optimize_for_deployment(student, channels_last=False),
+        "deployed": optimize_for_deployment(student),
+    }
+    if compile:
+        forms["compiled"] = optimize_for_deployment(student, compile=True)
+    return forms
+
+
+def measure_student(
+    name: str, config: Sam3Config, device: torch.device, compile: bool = True, runs: int = 5
+) -> StudentTimes:
+    """Time one student.
+
+    Args:
+        name: Student or backbone name.
+        config: Description of the teacher, which sets the image size and the embedding.
+        device: Where to run.
+        compile: Time the compiled form too.
+        runs: Timed forwards per form, after one that is not.
+    """
+    torch.manual_seed(0)
+    spec = backbone_spec(name)
+    student = build_student(config.replace(student=StudentConfig(spec.name))).to(device)
+    calibrate(student, device)
+    image = torch.randn(1, 3, config.image_size_px, config.image_size_px, device=device)
+    forms = deployment_forms(student, compile)
+    seconds = dict.fromkeys(forms, float("inf"))
+    with torch.no_grad():
+        outputs = {form: module(image) for form, module in forms.items()}
+        for _ in range(runs):
+            for form, module in forms.items():
+                seconds[form] = min(seconds[form], _timed(lambda m=module: m(image), device))  # type: ignore[misc]
+    differences = {form: _difference(output, outputs[AS_TRAINED]) for form, output in outputs.items()}
+    del forms, outputs
+    step_s = training_step_seconds(student, image)
+    if compile:
+        torch._dynamo.reset()
+    gc.collect()
+    return StudentTimes(spec.student_name or name, seconds, differences, step_s)
+
+
+@torch.no_grad()
+def calibrate(student: StudentEncoder, device: torch.device) -> None:
+    """Give each BatchNorm the statistics of one batch: with fresh ones, folding would have nothing to do."""
+    norms = [module for module in student.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    student.train()(torch.randn(2, 3, 224, 224, device=device))
+    for norm in norms:
+        norm.momentum = 0.1
+    student.eval()
+
+
+def training_step_seconds(student: StudentEncoder, image_bchw: Tensor, runs: int = 2) -> float:
+    """Fastest forward, backward and AdamW step on one image, in float32."""
+    student.train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        student(image_bchw).square().mean().backward()
+        optimizer.step()
+
+    step()
+    return min(_timed(step, image_bchw.device) for _ in range(runs))
+
+
+def _timed(call: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _difference(output: Tensor, reference: Tensor) -> float:
+    return float((output - reference).abs().max() / reference.std())
+
+
+def rows_of(times: StudentTimes) -> list[dict[str, Any]]:
+    """Rows for the benchmark's table."""
+    rows: list[dict[str, Any]] = [
+        {"name": f"{times.student}: forward, {form}", "value": value, "unit": "s"}
+        for form, value in times.seconds.items()
+    ]
+    for row, difference in zip(rows, times.differences.values(), strict=True):
+        if difference:
+            row["note"] = f"largest difference {difference:.1e} of the outputs' scale"
+            row["target"], row["met"] = f"difference < {TOLERANCE:g}", difference < TOLERANCE
+    rows.append({"name": f"{times.student}: training step", "value": times.training_step_s, "unit": "s"})
+    rows.append(
+        {
+            "name": f"{times.student}: {AS_TRAINED} / {times.best_form}",
+            "value": times.speedup,
+            "unit": "x",
+            "target": f">= {TARGET_SPEEDUP:g}",
+            "met": times.speedup >= TARGET_SPEEDUP,
+        }
+    )
+    return rows
+
+
+def bench(
+    quick: bool = False, device: torch.device | None = None, students: list[str] | None = None, compile: bool = True
+) -> list[dict[str, Any]]:
+    """Rows for all nine students, or those named.
+
+    Args:
+        quick: One student at the tiny preset's size: the paths are real, the figures are not.
+        device: Default: the CPU.
+        students: Student or backbone names.
+        compile: Also time ``torch.compile``, where it can work.
+    """
+    device = device or torch.device("cpu")
+    config = Sam3Config.preset("tiny" if quick else "sam3")
+    names = students or (["es_ev_s"] if quick else list(student_names()))
+    compile = compile and not quick and (device.type != "cpu" or has_cpp_compiler())
+    rows: list[dict[str, Any]] = []
+    for name in names:
+        rows += rows_of(measure_student(name, config, device, compile, runs=1 if quick else 5))
+    return rows
+
+
+def _main(argv: list[str] | None) -> int:
+    from bench import format_table, machine_facts
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--student", nargs="+", help="students or backbones; default all nine")
+    parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile (half a minute each)")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes, to check that everything runs")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    rows = bench(args.quick, device, args.student, not args.no_compile)
+    print(format_table("students", machine_facts(device), {"students": ("Students", rows)}))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; see the module's docstring."""
+    return run_cli(_main, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
