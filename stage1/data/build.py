@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from yacs.config import CfgNode
 
 from sam3_train.data.bad_images import BadImageLog, read_bad_images
 from sam3_train.data.image_index import ImageIndex, build_image_index
+from sam3_train.data.loader_workers import LoaderWorkers
 from sam3_train.data.process_pool import process_context
 from sam3_train.errors import UserError
 from stage1.data.sa1b_dataset import Stage1Dataset
@@ -79,13 +79,17 @@ class Stage1Loader(DataLoader[dict[str, Any]]):
     """A data loader that follows its sampler's epoch, reports errors of its workers and accounts for bad images."""
 
     bad_log: BadImageLog | None = None
+    processes: LoaderWorkers | None = None
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         epoch = getattr(self.sampler, "epoch", None)
         if epoch is not None and isinstance(self.dataset, Stage1Dataset):
             self.dataset.set_epoch(epoch)
         # Started here and not when the first batch is asked for: workers decode while the caller prepares itself.
-        return self._checked(super().__iter__())
+        batches = super().__iter__()
+        if self.processes is not None:
+            self.processes.end_at_exit()
+        return self._checked(batches)
 
     def _checked(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         for batch in batches:
@@ -132,11 +136,12 @@ def build_loader(
     """
     order: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler, "drop_last": drop_last}
     workers: dict[str, Any] = {}
+    processes = LoaderWorkers(num_workers)
     if num_workers > 0:
         workers = {
             "prefetch_factor": prefetch_factor,
             "persistent_workers": True,
-            "worker_init_fn": _start_worker,
+            "worker_init_fn": processes.start,
             "multiprocessing_context": process_context(),
         }
     loader = Stage1Loader(
@@ -150,11 +155,7 @@ def build_loader(
         **workers,
     )
     loader.bad_log = bad_log
+    if num_workers > 0:
+        loader.processes = processes
+        processes.end_with(loader)
     return loader
-
-
-def _start_worker(worker_id: int) -> None:
-    torch.set_num_threads(1)
-    # A run that is told to stop saves first, and still needs its workers for that; they end when it does.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
