@@ -85,6 +85,12 @@ def test_the_original_is_left_as_it_was_and_gradients_still_work() -> None:
     assert leaf.grad is not None
 
 
+def test_the_cpu_kernels_are_for_float32_only() -> None:
+    student = lively_student("demo_cnn", torch.randn(2, 3, 112, 112), preset="sam3").to(torch.bfloat16)
+    deployed = optimize_for_deployment(student)
+    assert type(deployed.head[3]) is nn.Conv2d
+
+
 def test_a_teacher_trunk_has_no_special_form() -> None:
     trunk = nn.Linear(2, 2)
     assert optimize_for_deployment(trunk) is trunk

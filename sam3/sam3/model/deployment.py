@@ -66,11 +66,15 @@ def _runs_on_cpu(module: nn.Module) -> bool:
     return all(parameter.device.type == "cpu" for parameter in module.parameters())
 
 
+def _is_float32(module: nn.Module) -> bool:
+    return all(parameter.dtype == torch.float32 for parameter in module.parameters())
+
+
 def _deploy(student: StudentEncoder, channels_last: bool, fuse: bool, compile: bool) -> StudentEncoder:
     deployed = copy.deepcopy(student).eval().requires_grad_(False)
     if fuse:
         deployed = fuse_for_inference(deployed)
-        if _runs_on_cpu(deployed):
+        if _runs_on_cpu(deployed) and _is_float32(deployed):
             _use_winograd(deployed.head)
             if channels_last and not compile:  # the compiler does this by itself
                 _use_conv_gelu(deployed)
