@@ -21,6 +21,7 @@ from torchvision.transforms.v2.functional import InterpolationMode
 from torchvision.transforms.v2.functional import resize as tv_resize
 
 MODES = ("stretch", "letterbox")
+_EXIF_ORIENTATION = 0x0112
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
@@ -37,15 +38,18 @@ def to_rgb_uint8(image: Any) -> Tensor:
             in 0..255, or floating point in 0..1.
 
     Returns:
-        uint8 tensor, (3, H, W), contiguous, on the tensor's own device (CPU for the other kinds).
+        uint8 tensor, (3, H, W), in the source's memory layout, on the tensor's own device (CPU for the other kinds).
 
     Raises:
         TypeError: If the kind or the dtype is none of these.
         ValueError: If the shape is wrong, a side is zero, or a float value is not finite or outside 0..1.
     """
     if isinstance(image, Image.Image):
-        oriented = ImageOps.exif_transpose(image)
-        return torch.from_numpy(np.array(oriented.convert("RGB"))).permute(2, 0, 1).contiguous()
+        # Each of these copies the whole image, so only where there is something to do.
+        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
     if isinstance(image, np.ndarray):
         tensor = torch.from_numpy(np.ascontiguousarray(image))
         if tensor.ndim == 2:
@@ -159,18 +163,24 @@ class Preprocess:
         Returns:
             float32 tensor, (3, size_px, size_px).
         """
-        pixels = to_rgb_uint8(image)
-        resized_hw = self.resized_hw((pixels.shape[-2], pixels.shape[-1]))
+        return self.normalize(self.resize(to_rgb_uint8(image)))
+
+    def resize(self, pixels_chw: Tensor) -> Tensor:
+        """Resize a uint8 image (3, H, W) to its size in the model's input: uint8, (3, h, w), contiguous."""
+        resized_hw = self.resized_hw((pixels_chw.shape[-2], pixels_chw.shape[-1]))
         mode = InterpolationMode(self.interpolation)
-        pixels = tv_resize(pixels, list(resized_hw), mode, antialias=mode != InterpolationMode.NEAREST)
-        return self.normalize(pixels)
+        # One layout for all sources: with the channels last, as photos are decoded, torch resizes three times as fast.
+        batch = pixels_chw[None].contiguous(memory_format=torch.channels_last)
+        return tv_resize(batch, list(resized_hw), mode, antialias=mode != InterpolationMode.NEAREST)[0].contiguous()
 
     def normalize(self, pixels_chw: Tensor) -> Tensor:
         """Scale and pad a resized uint8 image (3, h, w): float32, (3, size_px, size_px)."""
         mean = torch.tensor(self.mean, device=pixels_chw.device)[:, None, None]
         std = torch.tensor(self.std, device=pixels_chw.device)[:, None, None]
-        normalized = (pixels_chw.to(torch.float32) / 255.0 - mean) / std
+        normalized = pixels_chw.to(torch.float32).div_(255.0).sub_(mean).div_(std)
         height, width = normalized.shape[-2:]
+        if (height, width) == (self.size_px, self.size_px):
+            return normalized
         return F.pad(normalized, (0, self.size_px - width, 0, self.size_px - height))
 
     def valid_hw(self, original_hw: tuple[int, int]) -> tuple[float, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from typing import BinaryIO
 
 from PIL import Image, ImageFile
@@ -10,6 +11,20 @@ from PIL import Image, ImageFile
 from sam3_train.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+# What Pillow's decoders and its EXIF reader raise on damaged files.
+_DECODER_ERRORS = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    struct.error,
+    KeyError,
+    IndexError,
+    TypeError,
+    Image.DecompressionBombError,
+)
 
 
 class UnreadableImageError(UserError):
@@ -35,7 +50,8 @@ def decode_image(source: bytes | BinaryIO, where: str) -> Image.Image:
     try:
         image = Image.open(stream)
         image.load()
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        image.getexif()  # read on demand, and preprocessing will ask for the orientation
+    except _DECODER_ERRORS as error:
         reason = str(error).replace("\n", " ") or type(error).__name__
         if isinstance(error, Image.UnidentifiedImageError):
             reason = "not an image that Pillow can identify"
