@@ -167,7 +167,10 @@ class CheckpointManager:
         self.keep_last = max(2, keep_last)
         self.keep_every = keep_every
         self._warn = warn
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the output folder {self.folder}: {error.strerror}; choose another") from None
         self._records: list[dict[str, Any]] = self._read_pointer()
 
     @property

@@ -22,16 +22,21 @@ class Ema:
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.num_updates = 0
         self._live = list(_averaged_tensors(module))
         self._shadow = [tensor.detach().clone() for tensor in self._live]
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the live weights by one step."""
-        self.num_updates += 1
-        decay = min(self.decay, (1 + self.num_updates) / (10 + self.num_updates))
-        torch._foreach_lerp_(self._shadow, [tensor.detach() for tensor in self._live], 1.0 - decay)
+    def update(self, num_updates: int, is_bad: Tensor | None = None) -> None:
+        """Move the average towards the live weights by one step.
+
+        Args:
+            num_updates: Updates of the weights so far, this one included.
+            is_bad: 0-dim float tensor; 1 leaves the average as it is, without the host having to know.
+        """
+        weight = 1.0 - min(self.decay, (1 + num_updates) / (10 + num_updates))
+        change = torch._foreach_sub([tensor.detach() for tensor in self._live], self._shadow)
+        torch._foreach_mul_(change, weight if is_bad is None else weight * (1.0 - is_bad))
+        torch._foreach_add_(self._shadow, change)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from sam3_train.distributed import RunContext
 from sam3_train.ema import Ema
 from sam3_train.errors import UserError
 from sam3_train.metrics import RunningMean
-from sam3_train.optim import build_optimizer, parameter_groups, set_lr
+from sam3_train.optim import build_optimizer, parameter_groups, set_lr, step_unless
 from sam3_train.precision import autocast, pick_dtype
 from sam3_train.replicas import SYNCHRONIZED, BatchNormStatistics, convert_sync_batchnorm
 from sam3_train.rng import load_rng_state_dict, mix_seed, rng_state_dict, seed_everything
@@ -168,17 +168,12 @@ class Learner:
     def step(self, is_bad: Tensor) -> None:
         """Update the weights unless the 0-dim tensor ``is_bad`` (the same on all ranks) is positive."""
         set_lr(self.optimizer, self.schedule.lr(self.counters.updates))
-        if self.run.device.type == "cuda":
-            # The fused kernels read the flag on the device, so the host need not wait for it.
-            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-            self.optimizer.found_inf = is_bad.reshape(1)  # type: ignore[attr-defined]
-            self.optimizer.step()
-            del self.optimizer.grad_scale, self.optimizer.found_inf  # type: ignore[attr-defined]
-        elif not float(is_bad):
-            self.optimizer.step()
+        step_unless(self.optimizer, is_bad)
         if self.scaler is not None:
             self.scaler.update()
         self._batch_norms.settle(is_bad)
+        if self.ema is not None:
+            self.ema.update(self.counters.updates + 1, is_bad)
         self.optimizer.zero_grad(set_to_none=True)
 
     def settle(self, was_bad: bool) -> None:
@@ -191,8 +186,6 @@ class Learner:
         if not was_bad:
             counters.updates += 1
             counters.skipped_in_row = 0
-            if self.ema is not None:
-                self.ema.update()
             return
         counters.skipped += 1
         counters.skipped_in_row += 1

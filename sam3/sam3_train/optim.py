@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from sam3_train.errors import UserError
@@ -57,13 +57,15 @@ def default_weight_decay(name: str, parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(groups: list[dict[str, Any]], train: CfgNode, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that ``TRAIN.OPTIMIZER`` names; fused on CUDA, where it can skip a step without waiting.
+    """The optimizer that ``TRAIN.OPTIMIZER`` names.
+
+    AdamW is fused where torch has that: it then can leave out a step by a flag on the device (`step_unless`). SGD is
+    not: torch's fused SGD leaves its momentum uninitialised if the very first step is left out.
 
     Raises:
         UserError: If the name is unknown.
     """
     settings = train.OPTIMIZER
-    fused = device.type == "cuda"
     if settings.NAME == "adamw":
         return torch.optim.AdamW(
             groups,
@@ -71,7 +73,7 @@ def build_optimizer(groups: list[dict[str, Any]], train: CfgNode, device: torch.
             betas=(settings.BETAS[0], settings.BETAS[1]),
             eps=settings.EPS,
             weight_decay=train.WEIGHT_DECAY,
-            fused=fused,
+            fused=device.type in ("cuda", "cpu"),
         )
     if settings.NAME == "sgd":
         return torch.optim.SGD(
@@ -80,9 +82,21 @@ def build_optimizer(groups: list[dict[str, Any]], train: CfgNode, device: torch.
             momentum=settings.MOMENTUM,
             weight_decay=train.WEIGHT_DECAY,
             nesterov=settings.MOMENTUM > 0,
-            fused=fused,
         )
     raise UserError(f"TRAIN.OPTIMIZER.NAME {settings.NAME!r} is not one of {', '.join(OPTIMIZERS)}")
+
+
+def step_unless(optimizer: torch.optim.Optimizer, is_bad: Tensor) -> None:
+    """Take a step unless the 0-dim float tensor ``is_bad`` is 1; with a fused optimizer the host need not wait."""
+    if not optimizer.defaults.get("fused"):
+        if not float(is_bad):
+            optimizer.step()
+        return
+    # The interface that torch's GradScaler uses.
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.found_inf = is_bad  # type: ignore[attr-defined]
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -134,7 +134,6 @@ def build_state(
     if learner.ema is not None:
         with learner.ema.applied():
             state["ema"] = _copied(learner.task.saved_state())
-        state["ema_updates"] = learner.ema.num_updates
     return state
 
 
@@ -143,7 +142,6 @@ def load_state(learner: Learner, state: dict[str, Any], where: Path) -> None:
     if learner.ema is not None:
         learner.task.load_saved_state(state.get("ema", state["model"]), str(where))
         learner.ema.reset_to_live()
-        learner.ema.num_updates = int(state.get("ema_updates", 0))
     learner.task.load_saved_state(state["model"], str(where))
     load_optimizer_state(learner.optimizer, state["optimizer"], str(where))
     if learner.scaler is not None and "scaler" in state:

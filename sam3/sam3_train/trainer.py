@@ -84,6 +84,8 @@ class Trainer:
         self.logs: list[RunLog] = []
         self._rng_to_restore: list[list[dict[str, Any]]] | None = None
         self._pending: _Flags | None = None
+        # Only where the host runs ahead of the device is there anything to gain.
+        self.reads_flags_late = run.device.type == "cuda"
         self._stop = False
         self._save = False
 
@@ -176,7 +178,7 @@ class Trainer:
         self._pending = _Flags(flags)
         position.batches_done += size
         position.step += 1
-        if self.run.device.type != "cuda":
+        if not self.reads_flags_late:
             self._settle()
 
     def _next_batch(self, batches: Iterator[Any]) -> Any:
@@ -196,7 +198,7 @@ class Trainer:
         return torch.tensor(level, device=self.run.device)
 
     def _settle(self) -> None:
-        """Learn how the last step went; on CUDA this is the only place where the host waits for the device."""
+        """Learn how the last step went; the only place where the host waits for the device between log lines."""
         if self._pending is None:
             return
         level, *bad = self._pending.values()
