@@ -156,8 +156,7 @@ class FailureWatch:
                 if text is None:
                     selector.unregister(peer)
                     del buffers[peer]
-                    if peer not in left:
-                        self._on_death(self._peers[peer])
+                    self._on_end(self._peers[peer], said_so=peer in left)
                     continue
                 *lines, buffers[peer] = (buffers[peer] + text).split("\n")
                 for word, *numbers in (line.split() for line in lines if line.strip()):
@@ -180,6 +179,14 @@ class FailureWatch:
                 if number != failed_rank:
                     _send(peer, f"fail {code} {failed_rank}\n")
         threading.Thread(target=_end_after, args=(code, _PRINT_TIME_S), daemon=True).start()
+
+    def _on_end(self, ended_rank: int, said_so: bool) -> None:
+        failure = self._failure
+        if failure is None:
+            if not said_so:
+                self._on_death(ended_rank)
+        elif failure[1] != self.rank and ended_rank in (0, failure[1]):
+            _end_after(failure[0], 0.0)  # its message is out, so there is nothing more to wait for
 
     def _on_death(self, dead_rank: int) -> None:
         with self._lock:

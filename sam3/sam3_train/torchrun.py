@@ -31,9 +31,8 @@ def main(argv: list[str] | None = None) -> int:
     args = torch_run.parse_args(sys.argv[1:] if argv is None else argv)
     # Otherwise torch warns that it sets 1; an explicit value is kept.
     os.environ.setdefault("OMP_NUM_THREADS", str(_threads_per_process(args.nproc_per_node)))
-    for name in ("torch.distributed.run", "torch.distributed.elastic"):
-        # What they say about a failing process repeats its message and adds a stack of the launcher.
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if "LOGLEVEL" not in os.environ:
+        _quieten_torch()
     try:
         torch_run.run(args)
     except ChildFailedError as error:
@@ -51,6 +50,13 @@ def main(argv: list[str] | None = None) -> int:
         )
         return EXIT_USER_ERROR
     return EXIT_DONE
+
+
+def _quieten_torch() -> None:
+    """What the launcher logs about an ending process repeats the process's own message; LOGLEVEL brings it back."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.run", "torch.distributed.elastic")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _exit_code(failure: ProcessFailure) -> int:
