@@ -91,6 +91,8 @@ def kill_exports(num_kills: int, folder: Path, num_images: int, seed: int) -> bo
     Returns:
         Whether every finished store has the bytes of the undisturbed one.
     """
+    # Imported here, so that a child that is killed dies in its work and not in its imports.
+    import stage1.export_run  # noqa: F401
     from stage1.save_embedding_stage1 import main as export
 
     def argv(name: str) -> list[str]:
@@ -100,32 +102,52 @@ def kill_exports(num_kills: int, folder: Path, num_images: int, seed: int) -> bo
         return [*flags, "--opts", *opts]
 
     in_child(_make_export_inputs, folder, num_images, seed)
-    start = time.monotonic()
     if run_and_kill(export, argv("whole"), lambda: False):
         raise RuntimeError("the undisturbed export failed")
-    whole_s = time.monotonic() - start
     whole = rank_bytes(folder / "whole/embeddings")
+    num_bytes = len(whole["rank0-values.bin"])
     chance, killed, store, all_same, num_finished = random.Random(seed), 0, 0, True, 0
     while killed < num_kills or num_finished == 0:
-        moment = time.monotonic() + (chance.uniform(0.0, 0.6 * whole_s) if killed < num_kills else 1e9)
-        outcome = run_and_kill(export, argv(f"killed{store}"), lambda moment=moment: time.monotonic() > moment)
         values = folder / f"killed{store}/embeddings/rank0-values.bin"
-        size = values.stat().st_size if values.exists() else 0
+        is_time = random_moment(chance, values, num_bytes) if killed < num_kills else lambda: False
+        outcome = run_and_kill(export, argv(f"killed{store}"), is_time)
         if outcome == -signal.SIGKILL:
             killed += 1
-            print(f"kill {killed}: store {store} at {size:,} bytes", flush=True)
+            print(f"kill {killed}: store {store} at {file_size(values):,} of {num_bytes:,} bytes", flush=True)
             if killed < num_kills:
                 continue
             outcome = run_and_kill(export, argv(f"killed{store}"), lambda: False)
         if outcome:
             raise RuntimeError(f"the resumed export ended with exit code {outcome}")
-        is_same = rank_bytes(folder / f"killed{store}/embeddings") == whole
+        is_same = rank_bytes(values.parent) == whole
         all_same, num_finished, store = all_same and is_same, num_finished + 1, store + 1
         print(f"store {store - 1} finished: {'the same bytes' if is_same else 'OTHER BYTES'}", flush=True)
     print(
         f"{killed} kills over {num_finished} stores of {num_images} images: {'all' if all_same else 'NOT all'} the same"
     )
     return all_same
+
+
+def random_moment(chance: random.Random, values: Path, num_bytes: int) -> Callable[[], bool]:
+    """A moment within the first seconds, or one after a file has grown by up to a quarter of its final size."""
+    if chance.random() < 0.2:
+        moment = time.monotonic() + chance.uniform(0.0, 2.0)
+        return lambda: time.monotonic() > moment
+    target = file_size(values) + chance.uniform(0.0, 0.25 * num_bytes)
+    delay_s = chance.uniform(0.0, 0.05)
+    reached: list[float] = []
+
+    def is_time() -> bool:
+        if not reached and file_size(values) > target:
+            reached.append(time.monotonic() + delay_s)
+        return bool(reached) and time.monotonic() >= reached[0]
+
+    return is_time
+
+
+def file_size(path: Path) -> int:
+    """Bytes of a file, 0 if it is not there."""
+    return path.stat().st_size if path.exists() else 0
 
 
 def kill_trainings(num_kills: int, folder: Path, num_images: int, seed: int) -> bool:
@@ -275,6 +297,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported: a forked child does not inherit its threads
     with tempfile.TemporaryDirectory(prefix="fault-injection-") as folder:
         kill_runs = {"export": kill_exports, "train": kill_trainings}[args.what]
         return 0 if kill_runs(args.kills, Path(folder), args.images, args.seed) else 1

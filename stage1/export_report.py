@@ -161,7 +161,8 @@ def summary_lines(results: Sequence[dict[str, Any]], seconds: float) -> list[str
     if total["num_quarantined"]:
         lines.append(
             f"warning: {total['num_quarantined']} images have no embedding ({total['num_unreadable']} unreadable, the "
-            "others not finite); they are listed in rankN-quarantine.txt and training leaves them out"
+            "others not finite); rankN-quarantine.txt lists them, training leaves them out. To try them again, delete "
+            "that file and start the same command"
         )
     return lines
 

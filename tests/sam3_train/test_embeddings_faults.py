@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import threading
 import time
 
 import numpy as np
 import pytest
 import torch
+from fault_injection import file_size, run_and_kill
 from fixtures_embeddings import KEYS, make_embedding, make_spec, make_store, store_bytes
 
 from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreError, begin_export, plan_rank, rank_appender
@@ -242,6 +244,24 @@ def test_a_slow_disk_slows_the_export_down_instead_of_filling_memory(tmp_path, m
     thread.join(10)
     assert len(num_put) == len(KEYS) and stats[0].max_queue_depth <= 3 and stats[0].blocked_seconds > 0.3
     assert list(EmbeddingStore(tmp_path).keys()) == KEYS
+
+
+def test_kill_9_in_the_middle_of_a_record(tmp_path):
+    """D-10: large records, so that kills fall into writes; the torn tail is cut and made again."""
+    spec = make_spec(shape=(64, 72, 72))
+    keys = [f"sa_{number}" for number in range(24)]
+    make_store(tmp_path / "whole", keys, spec=spec)
+    values = tmp_path / "killed/rank0-values.bin"
+    for number in range(6):
+        size = int((number + 0.5) * 3.4 * spec.record_bytes)
+        outcome = run_and_kill(
+            lambda argv: make_store(tmp_path / "killed", keys, spec=spec) and 0,
+            [],
+            lambda size=size: file_size(values) > size,
+        )
+        assert outcome in (-signal.SIGKILL, 0)
+    make_store(tmp_path / "killed", keys, spec=spec)
+    assert store_bytes(tmp_path / "killed") == store_bytes(tmp_path / "whole")
 
 
 class SlowSync:

@@ -18,6 +18,7 @@ from fixtures_data import make_jpeg
 from fixtures_embeddings import store_bytes
 
 from sam3.preprocess import Preprocess
+from sam3_train.config import load_config
 from sam3_train.data.augmentation import AugmentSpec, seed_of_key, view_of_seed
 from sam3_train.data.bad_images import BadImageLog
 from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreSpec, begin_export
@@ -149,6 +150,18 @@ def test_an_unreadable_photo_is_left_out_and_written_down(command, tmp_path, sma
     assert (tmp_path / "run/bad_images.txt").read_text().startswith("sa_4\t")
     assert "1 images have no embedding (1 unreadable" in capsys.readouterr().out
     assert main(command()) == 0  # and it is not tried again
+    photo_file.write_bytes(make_jpeg(4))
+    (tmp_path / "run/embeddings/rank0-quarantine.txt").unlink()
+    assert main(command()) == 0  # until it is repaired and taken off the list
+    assert set(EmbeddingStore(tmp_path / "run/embeddings").keys()) == set(ALL_KEYS)
+
+
+def test_training_reads_where_the_export_writes():
+    """D-41: one default path, for the released teacher and for the demo."""
+    for teacher_file, student_file in (("sam_vit_huge_sa1b", "es_rv_m"), ("demo_tiny", "demo_cnn")):
+        exported = load_config(get_defaults(), ROOT / f"stage1/configs/teacher/{teacher_file}.yaml")
+        trained = load_config(get_defaults(), ROOT / f"stage1/configs/{student_file}.yaml")
+        assert export_run.embeddings_folder(exported) == Path(trained.DISTILL.TEACHER_EMBED_PATH)
 
 
 def test_too_many_unreadable_photos_end_the_export(command, small_data, capsys):

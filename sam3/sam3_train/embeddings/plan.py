@@ -153,6 +153,7 @@ def require_unique(keys: KeyList) -> None:
         first, second = (keys[int(order[position + step])] for step in (0, 1))
         if first == second:
             raise StoreError(f"key {first!r} occurs twice in the data set; image names must be unique over all splits")
+        raise StoreError(f"keys {first!r} and {second!r} have the same 64-bit hash; rename one of the images")
 
 
 def hash_keys(keys: Iterable[str]) -> np.ndarray:
