@@ -52,7 +52,6 @@ def test_workers_ignore_stop_signals_until_their_loader_is_gone() -> None:
 def test_a_process_with_a_loader_in_use_can_exit() -> None:
     """D-30: the interpreter waits for workers that ignore its signal for ever."""
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from test_loader_workers import WhoLoads, build_loader\n"
         "loader = build_loader(WhoLoads(), None, 2, num_workers=2, prefetch_factor=1)\n"
         "batches = iter(loader)\n"
@@ -60,7 +59,7 @@ def test_a_process_with_a_loader_in_use_can_exit() -> None:
         "loader.myself = loader\n"
         "raise SystemExit(7)\n"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    ended = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 7, ended.stderr
     assert not is_running(int(ended.stdout))
