@@ -1,0 +1,153 @@
+"""What goes wrong in a stage-1 training run ends it with one clear line and loses nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from stage1_world import Stage1World
+
+from sam3.checkpoint_keys import student_from_published
+from sam3_train.checkpoint import load_checkpoint
+from sam3_train.log import read_metrics
+from stage1.train_stage1 import main
+
+
+def train(cfg: Path, output: Path, *words: str) -> int:
+    return main(["--cfg", str(cfg), "--output", str(output), "--device", "cpu", *words])
+
+
+def one_line(stderr: str) -> str:
+    errors = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert "Traceback" not in stderr
+    assert len(errors) == 1, stderr
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def finished(world: Stage1World, tmp_path_factory) -> Path:
+    """A run of one epoch."""
+    run = tmp_path_factory.mktemp("faults") / "run"
+    assert train(world.config("faults"), run) == 0
+    return run
+
+
+def test_weights_are_loaded_from_a_local_file_with_a_report(world, finished, tmp_path, capfd):
+    """D-03: the flag does what it says, and says what it did."""
+    cfg = world.config("pretrained", TRAIN__BASE_LR=0.0, TRAIN__MIN_LR=0.0, VAL__ENABLE=False)
+    assert train(cfg, tmp_path, "--pretrained", str(finished / "best.pth"), "--max-steps", "1") == 0
+    assert f"backbone weights from {finished / 'best.pth'}: " in capfd.readouterr().out
+    mine, theirs = (load_checkpoint(run / "ckpt_epoch_0.pth")["model"] for run in (tmp_path, finished))
+    for key, value in student_from_published(theirs, "demo_cnn").items():
+        is_weight = key.startswith("backbone.") and key.endswith(("weight", "bias"))
+        assert not is_weight or torch.equal(student_from_published(mine, "demo_cnn")[key], value), key
+    assert not torch.equal(mine["head.3.weight"], theirs["head.3.weight"]), "the head starts afresh"
+
+
+def test_missing_imagenet_weights_are_an_error_and_never_random_ones(world, tmp_path, capfd, monkeypatch):
+    """D-03: without a connection the run does not start, and says what to do."""
+    import timm
+
+    create = timm.create_model
+
+    def offline(name, pretrained=False, **kwargs):
+        if pretrained:
+            raise OSError("no connection")
+        return create(name, pretrained=False, **kwargs)
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    cfg = world.config("offline", "efficientvit_b0", MODEL__PRETRAINED="timm")
+    assert train(cfg, tmp_path / "run") == 2
+    stderr = capfd.readouterr().err
+    assert "timm could not get the weights of efficientvit_b0" in stderr
+    assert "pass its path" in one_line(stderr)
+    assert not list(tmp_path.glob("run/*.pth"))
+
+
+def test_weights_of_another_backbone_are_refused(world, finished, tmp_path, capfd):
+    cfg = world.config("wrong_backbone", "efficientvit_b0")
+    assert train(cfg, tmp_path, "--pretrained", str(finished / "best.pth")) == 2
+    assert "not the weights of efficientvit_b0" in one_line(capfd.readouterr().err)
+
+
+def test_the_seed_decides_weights_and_order(world, finished, tmp_path):
+    """D-60."""
+    first = read_metrics(finished, "train")[0]
+    for seed, is_same in ((0, True), (1, False)):
+        run = tmp_path / str(seed)
+        assert train(world.config("faults"), run, "--seed", str(seed), "--max-steps", "1") == 0
+        assert (read_metrics(run, "train")[0]["loss"] == first["loss"]) is is_same
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_flipped_bit_in_the_store_ends_the_run_and_names_the_record(world, tmp_path, capfd, num_workers):
+    """D-13: noisy training is worse than no training."""
+    store = tmp_path / "embeddings"
+    shutil.copytree(world.store, store)
+    values = store / "rank0-values.bin"
+    content = bytearray(values.read_bytes())
+    content[5 * (len(content) // 15) + 1000] ^= 1  # in the sixth of 15 records
+    values.write_bytes(content)
+    cfg = world.config("flipped", DISTILL__TEACHER_EMBED_PATH=store, DATA__NUM_WORKERS=num_workers)
+    assert train(cfg, tmp_path / "run") == 2
+    line = one_line(capfd.readouterr().err)
+    assert str(values) in line and "record 5" in line and "damaged" in line
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_store_with_a_damaged_rank_file_is_refused_before_training(world, tmp_path, capfd, damage):
+    """D-14."""
+    store = tmp_path / "embeddings"
+    shutil.copytree(world.store, store)
+    values = store / "rank0-values.bin"
+    if damage == "truncated":
+        values.write_bytes(values.read_bytes()[:-7])
+    else:
+        values.unlink()
+    assert train(world.config("damaged", DISTILL__TEACHER_EMBED_PATH=store), tmp_path / "run") == 2
+    stderr = capfd.readouterr().err
+    assert "rank0-values.bin" in stderr and "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unreadable_photo_is_skipped_within_the_limit_and_listed(world, tmp_path, capfd):
+    """D-21: the same photo in export and training; beyond the limit the run ends."""
+    data = tmp_path / "photos"
+    shutil.copytree(world.data, data)
+    photo = data / "images/train/sa_3.jpg"
+    photo.write_bytes(photo.read_bytes()[:200])
+    cfg = world.config("unreadable", DATA__DATA_PATH=data, DATA__MAX_BAD_FRACTION=0.1)
+    assert train(cfg, tmp_path / "lenient") == 0
+    assert (tmp_path / "lenient/bad_images.txt").read_text().startswith("sa_3\t")
+    strict = world.config("strict", DATA__DATA_PATH=data, DATA__MAX_BAD_FRACTION=0.0)
+    capfd.readouterr()
+    assert train(strict, tmp_path / "strict") == 2
+    assert "1 unreadable images, more than the 0 that DATA.MAX_BAD_FRACTION allows" in capfd.readouterr().err
+
+
+def test_a_val_split_without_embeddings_has_to_be_switched_off_aloud(world, tmp_path, capfd):
+    """D-24, D-49: no silent training without validation."""
+    data = tmp_path / "photos"
+    shutil.copytree(world.data, data)
+    (data / "images/val/sa_1000.jpg").rename(data / "images/val/sa_1999.jpg")
+    cfg = world.config("no_val", DATA__DATA_PATH=data)
+    assert train(cfg, tmp_path / "run") == 2
+    line = one_line(capfd.readouterr().err)
+    assert "1 of 3 val images have no embedding, first sa_1999" in line and "VAL.ENABLE False" in line
+    assert train(cfg, tmp_path / "run", "--max-steps", "1", "--opts", "VAL.ENABLE", "False") == 0
+
+
+@pytest.mark.parametrize("flag", ["--eval", "--throughput", "--only-cpu", "--tag", "--use-checkpoint"])
+def test_flags_that_would_do_nothing_do_not_exist(world, flag):
+    """D-59."""
+    with pytest.raises(SystemExit, match="2"):
+        main(["--cfg", str(world.config("flags")), flag])
+
+
+def test_a_diverging_run_ends_with_the_last_good_weights(world, tmp_path, capfd):
+    """D-58: non-finite steps are not applied, do not advance the schedule, and too many in a row end the run."""
+    cfg = world.config("diverging", TRAIN__MAX_NONFINITE_STEPS=2, DISTILL__MSE=1e38, TRAIN__EPOCHS=2)
+    assert train(cfg, tmp_path) == 2
+    assert "2 steps in a row had a loss or gradient that is not finite" in capfd.readouterr().err
