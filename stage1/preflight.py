@@ -123,9 +123,12 @@ def check_settings(cfg: CfgNode, problems: list[str]) -> None:
     ):
         if not is_fine:
             problems.append(f"{key}: {value} is out of range")
-    if cfg.VAL.MASK_AGREEMENT and not cfg.MODEL.SAM3_CHECKPOINT:
-        problems.append("VAL.MASK_AGREEMENT needs MODEL.SAM3_CHECKPOINT: the SAM heads that turn features into masks")
     reads_teacher = cfg.VAL.MASK_AGREEMENT or cfg.DISTILL.ONLINE_TEACHER
+    if reads_teacher and not cfg.MODEL.SAM3_CHECKPOINT and cfg.MODEL.PRESET != "sam3":
+        problems.append(
+            "VAL.MASK_AGREEMENT and DISTILL.ONLINE_TEACHER read the teacher: name its file in MODEL.SAM3_CHECKPOINT "
+            f"(the hub has one for the preset sam3 alone, not for {cfg.MODEL.PRESET})"
+        )
     if reads_teacher and cfg.MODEL.SAM3_CHECKPOINT and not Path(cfg.MODEL.SAM3_CHECKPOINT).is_file():
         problems.append(f"MODEL.SAM3_CHECKPOINT: there is no file {cfg.MODEL.SAM3_CHECKPOINT}")
     if cfg.MODEL.RESUME and not Path(cfg.MODEL.RESUME).is_file():
@@ -148,7 +151,7 @@ def check_data(cfg: CfgNode, world_size: int, problems: list[str]) -> TrainingDa
     teacher = attempt(problems, lambda: teacher_config(cfg))
     preprocess = attempt(problems, lambda: preprocess_config(cfg)) if teacher else None
     train = attempt(problems, lambda: image_index_from_config(cfg.DATA, "train"))
-    val = attempt(problems, lambda: _val_index(cfg)) if cfg.VAL.ENABLE else None
+    val = attempt(problems, lambda: _val_index(cfg)) if cfg.VAL.ENABLE and train is not None else None
     store = None
     if teacher and not cfg.DISTILL.ONLINE_TEACHER:
         store = attempt(problems, lambda: EmbeddingStore(cfg.DISTILL.TEACHER_EMBED_PATH, shape=teacher.embedding_shape))

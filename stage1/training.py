@@ -12,6 +12,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from sam3.config import Sam3Config
+from sam3.hub import download_ckpt_from_hf
 from sam3.model.student_encoder import StudentEncoder, build_student
 from sam3.model.student_init import init_backbone_from
 from sam3.preprocess import Preprocess
@@ -154,7 +155,7 @@ def build_members(
     agreement = None
     if cfg.VAL.MASK_AGREEMENT and source.val is not None:
         agreement = MaskAgreement.from_checkpoint(
-            cfg.MODEL.SAM3_CHECKPOINT, teacher_config(cfg), run.device, cfg.VAL.MASK_PROMPTS
+            cfg.MODEL.SAM3_CHECKPOINT or download_ckpt_from_hf(), teacher_config(cfg), run.device, cfg.VAL.MASK_PROMPTS
         )
     members = []
     for student_cfg, output in zip(cfgs, outputs, strict=True):

@@ -79,7 +79,10 @@ def test_an_impossible_preset_or_preprocessing_is_one_clear_error():
         (["--opts", "DISTILL.NORMALIZE", "both"], "DISTILL.NORMALIZE 'both' is not one of channel, global, none"),
         (["--opts", "DISTILL.MSE", "0", "DISTILL.COSINE", "0"], "DISTILL.MSE + DISTILL.COSINE: 0 is out of range"),
         (["--opts", "TRAIN.LR_SCALING", "cubic"], "TRAIN.LR_SCALING 'cubic' is not one of"),
-        (["--opts", "VAL.MASK_AGREEMENT", "True", "MODEL.SAM3_CHECKPOINT", ""], "VAL.MASK_AGREEMENT needs"),
+        (
+            ["--opts", "VAL.MASK_AGREEMENT", "True", "MODEL.SAM3_CHECKPOINT", ""],
+            "name its file in MODEL.SAM3_CHECKPOINT",
+        ),
         (["--batch-size", "0"], "DATA.BATCH_SIZE: 0 is out of range"),
         (["--batch-size", "500"], "DATA.BATCH_SIZE 500 over 1 processes is more than the 12 training images"),
         (["--data-path", "nowhere"], "nowhere"),

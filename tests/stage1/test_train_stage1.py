@@ -144,6 +144,24 @@ def test_an_online_teacher_starts_with_the_loss_of_the_stored_one(world, finishe
     assert description == load_checkpoint(finished / "best.pth")["identity"]["teacher"]
 
 
+def test_the_recipe_for_a_plain_folder_of_photos(world, tmp_path):
+    """No SA-1B, no annotation, no store: the teacher in the loop on random views, masks compared on held-out photos."""
+    cfg = world.config(
+        "folder",
+        DATA__DATASET="folder",
+        DATA__DATA_PATH=world.data / "images/train",
+        DATA__VAL_FRACTION=0.3,
+        DATA__BATCH_SIZE=2,
+        DISTILL__ONLINE_TEACHER=True,
+        DISTILL__NO_RAND=False,
+        VAL__MASK_AGREEMENT=True,
+    )
+    assert train(cfg, tmp_path, "--max-steps", "2") == 0
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["num_train_images"] + record["num_val_images"] == 12
+    assert 0 <= read_metrics(tmp_path, "val")[0]["mask_iou"] <= 1
+
+
 def test_the_plan_is_printed_and_a_dry_run_computes_nothing(world, tmp_path, capfd):
     """D-48, D-66: images, steps, effective rate, global batch, parameters, disk."""
     cfg = world.config("plan", TRAIN__LR_SCALING="linear", TRAIN__EPOCHS=5)
