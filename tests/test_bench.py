@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import sys
 import types
 
 import bench
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -57,3 +60,9 @@ def test_only_runs_the_named_parts_and_refuses_unknown_ones(parts, tmp_path, cap
     assert list(json.loads((tmp_path / "stage1.json").read_text())["parts"]) == ["good"]
     assert bench.main(["stage1", "--only", "god", "--output", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: --only god: stage1 has the parts bad, good\n"
+
+
+@pytest.mark.parametrize("module_name", [module for module, _ in bench.PARTS["stage1"].values()])
+def test_every_part_has_the_function_that_is_called(module_name):
+    signature = inspect.signature(importlib.import_module(module_name).bench)
+    signature.bind(quick=True, device=torch.device("cpu"))
