@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import pickle
 import struct
+from functools import partial
 
 import numpy as np
 import pytest
@@ -186,6 +188,28 @@ def test_a_reader_pickles_as_its_path_and_reads_by_key(tmp_path):
     copied = pickle.dumps(store)
     assert len(copied) < 500
     assert np.array_equal(pickle.loads(copied).read(KEYS[7])[1], make_embedding(KEYS[7]))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_workers_read_what_the_main_process_opened(tmp_path, method):
+    """One reader, opened once, used before and after workers start, by either way of starting them."""
+    make_store(tmp_path, world_size=2)
+    store = EmbeddingStore(tmp_path)
+    store.read(KEYS[0])
+    with multiprocessing.get_context(method).Pool(1) as pool:
+        sums = pool.map(partial(sum_of_record, store), KEYS)
+    assert sums == [float(make_embedding(key).astype(np.float32).sum()) for key in KEYS]
+
+
+def sum_of_record(store: EmbeddingStore, key: str) -> float:
+    return float(store.read(key)[1].astype(np.float32).sum())
+
+
+def test_records_can_be_announced(tmp_path):
+    make_store(tmp_path)
+    store = EmbeddingStore(tmp_path)
+    store.prefetch([*KEYS[:3], "not there"])
+    assert np.array_equal(store.read(KEYS[1])[1], make_embedding(KEYS[1]))
 
 
 def test_the_key_table_is_rebuilt_when_the_store_grows(tmp_path):
