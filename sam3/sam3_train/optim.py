@@ -126,5 +126,11 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         raise UserError(f"the optimizer state of {where} belongs to other parameters ({first}); it cannot be resumed")
     current = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
+    for parameter, values in optimizer.state.items():
+        # Checkpoints store moments in C order; a channels_last kernel needs them in its own. The fused CPU kernel walks
+        # through memory and would pair a weight with another one's moments, without an error.
+        for name, value in values.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                values[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     for group, settings in zip(optimizer.param_groups, current, strict=True):
         group.update(settings)
