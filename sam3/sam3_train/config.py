@@ -9,16 +9,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import datetime
 import difflib
-import functools
-import json
-import os
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +18,20 @@ import yaml
 from yacs.config import CfgNode
 
 from sam3_train.errors import UserError
+from sam3_train.run_record import environment_record, package_versions, write_json_record
+
+__all__ = [
+    "add_common_args",
+    "apply_flags",
+    "config_changes",
+    "config_to_dict",
+    "environment_record",
+    "load_config",
+    "package_versions",
+    "set_key",
+    "training_defaults",
+    "write_run_record",
+]
 
 
 def load_config(defaults: CfgNode, cfg_file: str | Path | None, opts: Sequence[str] = ()) -> CfgNode:
@@ -74,48 +80,43 @@ def config_to_dict(cfg: CfgNode) -> dict[str, Any]:
 
 
 def training_defaults() -> CfgNode:
-    """The settings that the loop itself reads; a stage adds its own nodes (DATA, MODEL, DISTILL, ...).
-
-    Returns:
-        A new CfgNode; see `sam3_train.loop.fit` for what each does.
-    """
-    return CfgNode(
-        {
-            "OUTPUT": "",
-            "SEED": 0,
-            "PRINT_FREQ": 10,
-            "SAVE_FREQ": 1,
-            "AMP_ENABLE": True,
-            "AMP_DTYPE": "auto",
-            "DETERMINISTIC": False,
-            "TRAIN": {
-                "EPOCHS": 50,
-                "MAX_STEPS": 0,
-                "ACCUMULATION_STEPS": 1,
-                "BASE_LR": 1e-3,
-                "WARMUP_LR": 1e-6,
-                "MIN_LR": 1e-5,
-                "WARMUP_EPOCHS": 5.0,
-                "LR_SCALING": "none",
-                "LR_REFERENCE_BATCH": 512,
-                "LR_SCHEDULER": {"NAME": "cosine", "DECAY_EPOCHS": 30.0, "DECAY_RATE": 0.1},
-                "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
-                "WEIGHT_DECAY": 0.01,
-                "CLIP_GRAD": 5.0,
-                "EMA_DECAY": 0.0,
-                "EVAL_BN_WHEN_TRAINING": False,
-                "USE_SYNC_BN": False,
-                "FIND_UNUSED_PARAMETERS": False,
-                "MAX_NONFINITE_STEPS": 20,
-                "REPLICA_CHECK_STEPS": 500,
-                "AUTO_RESUME": True,
-                "SAVE_EVERY_STEPS": 0,
-                "SAVE_EVERY_MINUTES": 15.0,
-                "KEEP_LAST": 2,
-                "KEEP_EVERY": 0,
-            },
-        }
-    )
+    """The settings that the loop itself reads; a stage adds its own nodes (DATA, MODEL, DISTILL, ...)."""
+    cfg = CfgNode()
+    cfg.OUTPUT = ""  # the run's own folder
+    cfg.SEED = 0  # decides initial weights, data order and everything random
+    cfg.PRINT_FREQ = 10  # optimizer steps between two log lines; 0: only at the end of an epoch
+    cfg.SAVE_FREQ = 1  # epochs between two checkpoints; the last and the best are always saved
+    cfg.AMP_ENABLE = True  # False: float32 throughout
+    cfg.AMP_DTYPE = "auto"  # bf16, fp16 (CUDA, with loss scaling), fp32; auto: bf16 on CUDA, fp32 elsewhere
+    cfg.DETERMINISTIC = False  # deterministic kernels and no cuDNN autotuning: slower
+    train = cfg.TRAIN = CfgNode()
+    train.EPOCHS = 50
+    train.MAX_STEPS = 0  # end after so many optimizer steps, as if the epoch ended there; 0: no limit
+    train.ACCUMULATION_STEPS = 1  # micro-batches per optimizer step
+    train.BASE_LR = 1e-3  # the three rates are those of LR_REFERENCE_BATCH if LR_SCALING is on
+    train.WARMUP_LR = 1e-6
+    train.MIN_LR = 1e-5
+    train.WARMUP_EPOCHS = 5.0  # at most half the run
+    train.LR_SCALING = "none"  # none, linear or sqrt in global batch / LR_REFERENCE_BATCH
+    train.LR_REFERENCE_BATCH = 512
+    # NAME: cosine, linear, step (by DECAY_RATE each DECAY_EPOCHS) or constant
+    train.LR_SCHEDULER = CfgNode({"NAME": "cosine", "DECAY_EPOCHS": 30.0, "DECAY_RATE": 0.1})
+    # NAME: adamw, or sgd (Nesterov if MOMENTUM is not 0)
+    train.OPTIMIZER = CfgNode({"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9})
+    train.WEIGHT_DECAY = 0.01  # not for biases and norms
+    train.CLIP_GRAD = 5.0  # largest gradient norm; 0: no clipping
+    train.EMA_DECAY = 0.0  # average of the weights, e.g. 0.999; 0: none
+    train.EVAL_BN_WHEN_TRAINING = False  # BatchNorm keeps its statistics
+    train.USE_SYNC_BN = False  # BatchNorm statistics over all processes
+    train.FIND_UNUSED_PARAMETERS = False  # for tasks that leave some parameters unused in some steps
+    train.MAX_NONFINITE_STEPS = 20  # so many bad steps in a row end the run; 0: never
+    train.REPLICA_CHECK_STEPS = 500  # steps between two comparisons of the processes' weights; 0: only per epoch
+    train.AUTO_RESUME = True  # continue the run that OUTPUT holds
+    train.SAVE_EVERY_STEPS = 0  # checkpoints inside an epoch; 0: not by steps
+    train.SAVE_EVERY_MINUTES = 15.0  # the same by time; 0: not by time
+    train.KEEP_LAST = 2  # newest checkpoints that stay (at least 2)
+    train.KEEP_EVERY = 0  # every n-th epoch's checkpoint stays; 0: none
+    return cfg
 
 
 def add_common_args(parser: argparse.ArgumentParser, cfg_required: bool = True) -> argparse.ArgumentParser:
@@ -160,51 +161,6 @@ def apply_flags(cfg: CfgNode, args: argparse.Namespace) -> None:
             set_key(cfg, key, value, "--" + flag.replace("_", "-"))
 
 
-def environment_record() -> dict[str, Any]:
-    """What a later reader needs to repeat a run: command, time, versions, git state, host."""
-    names = ("torch", "torchvision", "timm", "numpy", "pillow", "efficientsam3", "tensorboard", "pycocotools")
-    return {
-        "command": sys.argv,
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "host": platform.node(),
-        "versions": package_versions(names),
-        "git": git_state(Path(__file__).resolve().parent),
-    }
-
-
-@functools.cache
-def package_versions(names: tuple[str, ...]) -> dict[str, str]:
-    """Installed versions of those packages that are there."""
-    versions = {}
-    for name in names:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
-
-
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit and whether files differ from it; None outside a git checkout or without git."""
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10
-        )
-        status = subprocess.run(
-            ["git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    if commit.returncode or status.returncode:
-        return None
-    return {"commit": commit.stdout.strip(), "modified": bool(status.stdout.strip())}
-
-
 def write_run_record(output: str | Path, cfg: CfgNode, extra: dict[str, Any] | None = None) -> Path:
     """Write ``config.json``: the whole config, the environment, and what the caller adds.
 
@@ -217,22 +173,12 @@ def write_run_record(output: str | Path, cfg: CfgNode, extra: dict[str, Any] | N
 
     Returns:
         Path of the file.
+
+    Raises:
+        UserError: If it cannot be written.
     """
-    path = Path(output) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     record = {"config": config_to_dict(cfg), "environment": environment_record(), **(extra or {})}
-    if path.exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError:
-            old = {}
-        if isinstance(old, dict) and old:
-            previous = old.pop("previous", [])
-            record["previous"] = [*previous, old]
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    aside.write_text(json.dumps(record, indent=2, default=str) + "\n")
-    os.replace(aside, path)
-    return path
+    return write_json_record(Path(output) / "config.json", record)
 
 
 def config_changes(mine: dict[str, Any], theirs: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

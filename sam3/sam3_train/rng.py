@@ -9,20 +9,18 @@ import numpy as np
 import torch
 
 
-def seed_everything(seed: int, deterministic: bool = False) -> None:
-    """Seed Python, numpy and torch (all devices).
-
-    Args:
-        seed: Any non-negative integer.
-        deterministic: Also ask torch for deterministic kernels (slower; an operation that has none warns).
-    """
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (all devices) with any non-negative integer."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    if deterministic:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
+
+
+def set_deterministic(is_on: bool) -> None:
+    """Choose between deterministic kernels (an operation that has none warns) and the fastest ones, autotuned."""
+    torch.use_deterministic_algorithms(is_on, warn_only=True)
+    torch.backends.cudnn.deterministic = is_on
+    torch.backends.cudnn.benchmark = not is_on
 
 
 def mix_seed(*numbers: int) -> int:
