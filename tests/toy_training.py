@@ -136,7 +136,7 @@ class Group:
         # torch imports _dynamo (and that triton) when the first optimizer is made, which takes seconds.
         context.set_forkserver_preload(["sam3_train.loop", "torch.utils.tensorboard", "torch._dynamo", "triton"])
         self.log = folder / f"output-{time.monotonic_ns()}.txt"
-        port = _free_port()
+        port = free_port()
         self.start = time.monotonic()
         self.processes = [
             context.Process(target=_run_rank, args=(body, rank, world_size, port, str(self.log), args, kwargs))
@@ -189,7 +189,7 @@ def _run_rank(
     os._exit(code)
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
@@ -85,9 +86,18 @@ class Learner:
         self._loss: Tensor | None = None
         self._wrapped: nn.Module = self.task
 
-    def wrap(self) -> None:
-        """Synchronise with the other ranks from now on; after weights are loaded. Collective."""
+    def wrap(self, is_resumed: bool = False) -> None:
+        """Take rank 0's weights and synchronise with the other ranks from now on. Collective.
+
+        Args:
+            is_resumed: A checkpoint has been loaded, so all ranks have its average already.
+        """
         if self.run.world_size > 1:
+            for buffer in self.task.buffers():
+                # As bytes: not every backend knows every type.
+                value = buffer.detach().contiguous().clone()
+                dist.broadcast(value.view(-1).view(torch.uint8), 0)
+                buffer.copy_(value)
             # BatchNorm statistics are averaged by BatchNormStatistics, which also sees ranks other than 0.
             self._wrapped = DistributedDataParallel(
                 self.task,
@@ -95,6 +105,8 @@ class Learner:
                 find_unused_parameters=self.cfg.TRAIN.FIND_UNUSED_PARAMETERS,
             )
         self._batch_norms.take()
+        if self.ema is not None and not is_resumed:
+            self.ema.reset_to_live()
 
     def lr_warning(self) -> str | None:
         """A line if the learning rate looks wrong."""

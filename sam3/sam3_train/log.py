@@ -6,12 +6,13 @@ resumed run removes what was logged after the step that it continues from, so cu
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,13 +42,11 @@ class RunLog:
         self._board: Any = None
         if not is_main:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._file = _open_append(self.folder / "log_rank0.txt")
             _drop_after(self.folder / METRICS_NAME, resume_step)
             self._metrics = _open_append(self.folder / METRICS_NAME)
-        except OSError as error:
-            raise UserError(f"cannot write the log in {self.folder}: {error}") from error
         if tensorboard:
             self._board = self._open_board(resume_step)
 
@@ -73,10 +72,11 @@ class RunLog:
         if not self.is_main or self._metrics is None:
             return
         finite = {name: (value if math.isfinite(value) else None) for name, value in values.items()}
-        self._metrics.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **finite}) + "\n")
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        with self._writing():
+            self._metrics.write(json.dumps({"kind": kind, "epoch": epoch, "step": step, **finite}) + "\n")
+            if self._board is not None:
+                for name, value in values.items():
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close all files."""
@@ -91,10 +91,20 @@ class RunLog:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write the log in {self.folder}: {error.strerror}; free some space or choose another --output"
+            ) from error
+
     def _line(self, message: str, stream: Any) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         if self._file is not None:
-            self._file.write(f"{stamp} {message}\n")
+            with self._writing():
+                self._file.write(f"{stamp} {message}\n")
         try:
             from tqdm import tqdm
 

@@ -43,6 +43,7 @@ from yacs.config import CfgNode
 from sam3_train.distributed import RunContext
 from sam3_train.errors import UserError
 from sam3_train.learner import Member
+from sam3_train.rng import set_deterministic
 from sam3_train.task import Task
 from sam3_train.train_state import Best
 from sam3_train.trainer import PrepareBatch, Trainer
@@ -118,6 +119,7 @@ def fit_many(
         UserError: As `fit`, or if members share a folder or differ in a shared setting.
     """
     _check_members(members)
+    set_deterministic(members[0].cfg.DETERMINISTIC)
     trainer = Trainer(members, train_loader, val_loader, run, prepare_batch)
     with trainer.stop_signal:
         try:
@@ -148,5 +150,6 @@ def _check_members(members: Sequence[Member]) -> None:
                     f"students that share a pass over the data must agree on TRAIN.{key}: {first.TRAIN[key]} in "
                     f"{members[0].output}, {member.cfg.TRAIN[key]} in {member.output}"
                 )
-        if member.cfg.SEED != first.SEED:
-            raise UserError(f"students that share a pass must agree on SEED: {first.SEED} and {member.cfg.SEED}")
+        for key in ("SEED", "DETERMINISTIC"):
+            if member.cfg[key] != first[key]:
+                raise UserError(f"students that share a pass must agree on {key}: {first[key]} and {member.cfg[key]}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from sam3_train.errors import Interrupted, UserError
 from sam3_train.learner import Learner, Member
 from sam3_train.log import RunLog
 from sam3_train.plan import plan_line, plan_warnings
+from sam3_train.prefetch import DeviceBatches
 from sam3_train.replicas import check_replicas
+from sam3_train.run_lock import RunLock
 from sam3_train.stop_signal import StopSignal
-from sam3_train.task import to_device
-from sam3_train.throughput import Throughput
+from sam3_train.throughput import Throughput, spell_duration
 from sam3_train.train_state import (
     BatchLayout,
     Best,
@@ -82,6 +83,7 @@ class Trainer:
         self.throughput = Throughput(run.device)
         self.managers: list[CheckpointManager] = []
         self.logs: list[RunLog] = []
+        self.locks: list[RunLock] = []
         self._rng_to_restore: list[list[dict[str, Any]]] | None = None
         self._pending: _Flags | None = None
         # Only where the host runs ahead of the device is there anything to gain.
@@ -91,6 +93,8 @@ class Trainer:
 
     def prepare(self) -> None:
         """Find the checkpoint to continue from, load it, synchronise the ranks, and say what will be done."""
+        if self.run.is_main:
+            self.locks += [RunLock(learner.member.output) for learner in self.learners]
         self.managers, loaded = find_checkpoints([learner.member for learner in self.learners], self.run)
         for i, learner in enumerate(self.learners):
             if loaded is not None:
@@ -100,7 +104,7 @@ class Trainer:
                 self.position = resumed_position(state, self.layout, self.num_batches)
                 self.bests[i] = Best(**state["best"])
                 self.metrics[i] = dict(state["metrics"])
-            learner.wrap()
+            learner.wrap(is_resumed=loaded is not None)
             step = self.position.step if loaded is not None else None
             log = RunLog(learner.member.output, self.run.is_main, resume_step=step)
             self.logs.append(log)
@@ -133,7 +137,8 @@ class Trainer:
             position.epoch, position.batches_done * self.layout.micro_batch_size * self.run.world_size
         )
         # Making the iterator draws from the global generator, so the random streams start after it.
-        batches = iter(self.train_loader) if position.batches_done < self.num_batches else iter(())
+        loader = iter(self.train_loader) if position.batches_done < self.num_batches else iter(())
+        batches = DeviceBatches(loader, self.run.device, self.throughput)
         self._start_random_streams()
         for learner in self.learners:
             learner.train_mode()
@@ -162,28 +167,32 @@ class Trainer:
                 learner.seed_epoch(self.cfg.SEED, self.position.epoch)
         self._rng_to_restore = None
 
-    def _train_step(self, batches: Iterator[Any]) -> None:
+    def _train_step(self, batches: DeviceBatches) -> None:
         position, accumulation = self.position, self.layout.accumulation_steps
         size = min(accumulation, self.num_batches - position.batches_done)
         for i in range(size):
             batch = self._next_batch(batches)
+            if i == 0:
+                self.throughput.step_begins()
             for learner in self.learners:
                 learner.backward(batch, size, is_last=i == size - 1)
+            if position.batches_done + i + 1 < self.num_batches:
+                batches.fetch_next()
         self._settle()
         flags = torch.stack([self._due_flags(), *(learner.finish_backward() for learner in self.learners)])
         if self.run.world_size > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         for learner, is_bad in zip(self.learners, flags[1:], strict=True):
             learner.step(is_bad)
+        self.throughput.step_ends()
         self._pending = _Flags(flags)
         position.batches_done += size
         position.step += 1
         if not self.reads_flags_late:
             self._settle()
 
-    def _next_batch(self, batches: Iterator[Any]) -> Any:
-        with self.throughput.waiting():
-            batch = to_device(next(batches), self.run.device)
+    def _next_batch(self, batches: DeviceBatches) -> Any:
+        batch = batches.take()
         self.throughput.num_images += self.learners[0].task.batch_size(batch) * self.run.world_size
         if self.prepare_batch is not None:
             with torch.no_grad():
@@ -195,7 +204,7 @@ class Trainer:
         minutes = self.cfg.TRAIN.SAVE_EVERY_MINUTES
         due = self.run.is_main and minutes > 0 and self.throughput.minutes_since_save() >= minutes
         level = 2.0 if self.stop_signal.requested else 1.0 if due else 0.0
-        return torch.tensor(level, device=self.run.device)
+        return torch.full((), level, device=self.run.device)  # a fill; copying a value would wait for the device
 
     def _settle(self) -> None:
         """Learn how the last step went; the only place where the host waits for the device between log lines."""
@@ -280,6 +289,8 @@ class Trainer:
     def _judge(self, results: list[dict[str, float]]) -> list[bool]:
         is_best = []
         for metrics, best, log in zip(results, self.bests, self.logs, strict=True):
+            if not metrics:
+                raise UserError("the validation set is empty: no image of it could be used")
             if best.metric not in metrics:
                 raise TypeError(f"validate() gives {sorted(metrics)}, not the task's best_metric {best.metric!r}")
             improved = best.improves(metrics)
@@ -297,14 +308,16 @@ class Trainer:
             return
         windows = [learner.window() for learner in self.learners]
         speed = self.throughput.window()
-        for learner, window, log in zip(self.learners, windows, self.logs, strict=True):
+        num_steps = self.cfg.TRAIN.EPOCHS * self.steps_per_epoch
+        left_s = (num_steps - self.position.step) * self.layout.global_batch_size / speed["images_per_s"]
+        for window, log in zip(windows, self.logs, strict=True):
             epoch, step = self.position.epoch, self.position.step
             log.numbers("train", epoch, step, {**window, **speed, "global_batch": self.layout.global_batch_size})
             terms = "  ".join(f"{n} {v:.4g}" for n, v in window.items() if n not in _UNSHOWN)
             log.info(
-                f"epoch {epoch} step {step}/{learner.cfg.TRAIN.EPOCHS * self.steps_per_epoch}: {terms}  "
+                f"epoch {epoch} step {step}/{num_steps}: {terms}  "
                 f"{speed['images_per_s']:.1f} images/s  wait {100 * speed['data_wait_share']:.0f}%  "
-                f"{speed['peak_memory_mb']:.0f} MB"
+                f"{speed['peak_memory_mb']:.0f} MB  {spell_duration(left_s)} left"
             )
 
     def _save_all(self, is_epoch: bool, epoch: int = 0, is_best: Sequence[bool] = ()) -> None:
@@ -329,9 +342,11 @@ class Trainer:
             self.logs[i].info(f"saved {path}")
 
     def close(self) -> None:
-        """Close the logs."""
+        """Close the logs and let others use the folders."""
         for log in self.logs:
             log.close()
+        for lock in self.locks:
+            lock.release()
 
 
 _UNSHOWN = {"skipped_steps", "loss_scale", "clip_fraction"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from toy_training import Group, ToyTask, run_group, toy_config, toy_loaders, train_toy
+from toy_training import Group, ToyTask, free_port, run_group, toy_config, toy_loaders, train_toy
 
 from sam3_train.checkpoint import load_checkpoint, state_dict_sha256
 from sam3_train.distributed import (
@@ -29,6 +29,7 @@ from sam3_train.learner import Learner, Member
 from sam3_train.log import read_metrics
 from sam3_train.metrics import RunningMean
 from sam3_train.replicas import BatchNormStatistics, check_replicas
+from sam3_train.trainer import Trainer
 
 END = "finished\n"
 
@@ -90,17 +91,20 @@ def hashes_body(folder: Path) -> None:
     """Train with BatchNorm and dropout, then write this rank's hash."""
     with training_run("cpu") as run:
         torch.manual_seed(run.rank)  # the ranks start differently: rank 0's weights win
-        cfg = toy_config(["TRAIN.ACCUMULATION_STEPS", "3", "TRAIN.REPLICA_CHECK_STEPS", "1"])
+        cfg = toy_config(["TRAIN.ACCUMULATION_STEPS", "3", "TRAIN.REPLICA_CHECK_STEPS", "1", "TRAIN.EMA_DECAY", "0.9"])
         train, val = toy_loaders(run, num_images=44)
-        task = ToyTask()
-        from sam3_train.loop import fit
-
-        fit(task, train, val, cfg, run, folder / "run")
-        (folder / f"hash-{run.rank}").write_text(state_dict_sha256(task.state_dict()))
+        trainer = Trainer([Member(ToyTask(), cfg, folder / "run")], train, val, run, None)
+        trainer.prepare()
+        trainer.train()
+        learner = trainer.learners[0]
+        live = state_dict_sha256(learner.task.state_dict())
+        with learner.best_weights():
+            average = state_dict_sha256(learner.task.state_dict())
+        (folder / f"hash-{run.rank}").write_text(f"{live} {average}")
 
 
 def test_two_processes_end_with_identical_weights_and_statistics(tmp_path):
-    """D-51: BatchNorm statistics included, under accumulation with a partial last step, and with unequal starts."""
+    """D-51: statistics and average included, under accumulation with a partial last step, and with unequal starts."""
     ended = run_group(hashes_body, 2, tmp_path, tmp_path)
     assert ended.codes == [0, 0], ended.text
     assert (tmp_path / "hash-0").read_text() == (tmp_path / "hash-1").read_text()
@@ -288,3 +292,38 @@ def test_torchrun_hands_a_signal_on_and_ends_with_130(tmp_path):
     process.terminate()
     _, errors = process.communicate(timeout=40)
     assert (process.returncode, errors) == (130, b"")
+
+
+NODE_SCRIPT = """
+import os, sys, time
+from sam3_train.distributed import barrier, training_run
+from sam3_train.errors import run_cli
+
+def body(argv):
+    with training_run("cpu") as run:
+        assert os.environ["LOCAL_WORLD_SIZE"] == "1" and run.world_size == 2
+        barrier()
+        print("ready", flush=True)
+        if run.rank == int(argv[0]):
+            os.kill(os.getpid(), 9)
+        time.sleep(120)  # no collective: nothing but the watch can notice
+
+sys.exit(run_cli(body, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_process_killed_on_one_node_ends_the_other_node(tmp_path, victim):
+    """Two agents on loopback, as with NNODES=2; the survivor says what happened and ends within 60 s."""
+    (tmp_path / "script.py").write_text(NODE_SCRIPT)
+    words = [sys.executable, "-m", "sam3_train.torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend"]
+    words += ["c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "test", "--local_addr", "127.0.0.1"]
+    words += [str(tmp_path / "script.py"), str(victim)]
+    start = time.monotonic()
+    nodes = [subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    texts = [node.communicate(timeout=100)[1] for node in nodes]
+    assert time.monotonic() - start < 60
+    assert [node.returncode for node in nodes] == [1, 1]
+    told = sorted(texts)
+    assert "was ended by SIGKILL" in told[0] and f"rank {victim} of 2 died without a message" in told[1], texts
+    assert "Traceback" not in "".join(texts)

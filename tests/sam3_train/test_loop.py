@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import pytest
@@ -12,10 +11,10 @@ from toy_training import ToyData, ToyTask, toy_config, toy_loaders, train_toy, t
 
 from sam3_train.checkpoint import load_checkpoint
 from sam3_train.data.samplers import ResumableDistributedSampler
-from sam3_train.distributed import RunContext, pick_device, training_run
+from sam3_train.distributed import RunContext
 from sam3_train.errors import UserError
 from sam3_train.learner import Learner, Member
-from sam3_train.log import RunLog, read_metrics
+from sam3_train.log import read_metrics
 from sam3_train.loop import fit
 from sam3_train.rng import seed_everything
 from sam3_train.train_state import Best
@@ -347,63 +346,6 @@ def test_sgd_and_linear_schedule_train(tmp_path):
 def test_impossible_training_settings_are_named(tmp_path, opts, named):
     with pytest.raises(UserError, match=named):
         train_toy(tmp_path, opts)
-
-
-@pytest.mark.parametrize(
-    "name, world_size, message",
-    [("gpu", 1, "'gpu' is not a device"), ("mps", 2, "mps"), ("xpu", 1, "not available here")],
-)
-def test_a_device_that_is_not_there_is_named(name, world_size, message):
-    """D-28, D-59"""
-    with pytest.raises(UserError, match=message):
-        pick_device(name, 0, world_size)
-
-
-def test_a_missing_gpu_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="sees no CUDA device; use --device cpu"):
-        pick_device("cuda")
-    assert pick_device("cpu") == pick_device(None) or torch.backends.mps.is_available()
-
-
-def test_more_processes_than_gpus_is_named(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert pick_device("cuda", 1, 2) == torch.device("cuda", 1)
-    with pytest.raises(UserError, match=r"needs GPU 2, this machine has 2.*GPUS="):
-        pick_device("cuda", 2, 3)
-
-
-def test_one_process_needs_no_process_group(monkeypatch):
-    """D-28"""
-    monkeypatch.delenv("RANK", raising=False)
-    with training_run("cpu") as run:
-        assert run.is_main and run.world_size == 1 and not torch.distributed.is_initialized()
-
-
-def test_the_log_of_a_resumed_run_has_no_doubled_parts(tmp_path):
-    with RunLog(tmp_path) as log:
-        for step in (1, 2, 3):
-            log.numbers("train", 0, step, {"loss": float(step), "bad": math.nan})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "st')  # cut off by a crash
-    with RunLog(tmp_path, resume_step=2) as log:
-        log.numbers("train", 0, 3, {"loss": 30.0})
-    assert [(r["step"], r["loss"]) for r in read_metrics(tmp_path)] == [(1, 1.0), (2, 2.0), (3, 30.0)]
-    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["bad"] is None
-
-
-def test_a_missing_tensorboard_is_said_and_training_goes_on(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    train_toy(tmp_path, ["TRAIN.MAX_STEPS", "1"])
-    assert "pip install 'efficientsam3[stage1]'" in capsys.readouterr().err
-    assert not (tmp_path / "tensorboard").exists()
-
-
-def test_a_log_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot make the output folder .*file/run: Not a directory"):
-        train_toy(tmp_path / "file" / "run")
 
 
 def test_validation_can_be_stopped_between_batches():
