@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sam3.checkpoint_keys import UnknownLayoutError, student_from_published, student_to_published
@@ -85,7 +86,8 @@ class Stage1Task(Task):
         """Metrics of a validation batch, one value per image.
 
         Returns:
-            ``loss``, ``mse``, ``cosine``, ``similarity`` (mean cosine along channels) and, with mask agreement,
+            ``loss``, ``mse``, ``cosine``, ``similarity`` (mean over cells of the cosine along channels),
+            ``channel_similarity`` (mean over channels of the cosine along cells) and, with mask agreement,
             ``mask_iou``; (B,) each.
         """
         features, teacher, valid = self.student(self._images(batch)).float(), batch["teacher"], batch["valid"]
@@ -96,6 +98,7 @@ class Stage1Task(Task):
             "mse": mse,
             "cosine": cosine,
             "similarity": 1.0 - cosine,
+            "channel_similarity": channel_similarity(features, teacher, valid),
         }
         if self.mask_agreement is not None:
             metrics["mask_iou"] = self.mask_agreement(features, teacher)
@@ -124,6 +127,29 @@ class Stage1Task(Task):
     def _images(self, batch: dict[str, Any]) -> Tensor:
         images: Tensor = batch["image"]
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+
+def channel_similarity(student_bchw: Tensor, teacher_bchw: Tensor, valid_b1hw: Tensor) -> Tensor:
+    """How alike each channel's map is: cosine over the valid cells, averaged over channels.
+
+    A student that gives every cell the teacher's mean feature scores high along channels and low here.
+
+    Args:
+        student_bchw: Student features, (B, C, H, W).
+        teacher_bchw: Teacher features of the same shape.
+        valid_b1hw: 1 inside the image and 0 in its padding.
+
+    Returns:
+        (B,) in [-1, 1]. Maps are centred first, so a constant map counts 0.
+    """
+    inside = valid_b1hw > 0
+    count = inside.sum((2, 3), keepdim=True)
+
+    def centred(features: Tensor) -> Tensor:
+        kept = torch.where(inside, features, 0.0)
+        return torch.where(inside, features - kept.sum((2, 3), keepdim=True) / count, 0.0).flatten(2)
+
+    return F.cosine_similarity(centred(student_bchw), centred(teacher_bchw), dim=2).mean(1)
 
 
 def stored_features(codec: Codec) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -16,7 +16,7 @@ from sam3_train.losses import masked_mse
 from sam3_train.optim import parameter_groups
 from stage1.feature_scale import error_scale, measure_channel_variance
 from stage1.mask_agreement import MaskAgreement
-from stage1.model import LossWeights, Stage1Task, online_features, stored_features
+from stage1.model import LossWeights, Stage1Task, channel_similarity, online_features, stored_features
 
 SHAPE = TINY.embedding_shape
 
@@ -96,6 +96,20 @@ def test_validation_gives_each_image_its_own_value():
         assert metrics[name].shape == (3,)
         assert metrics[name].mean().item() == pytest.approx(terms[name].item(), rel=1e-5)
     torch.testing.assert_close(metrics["similarity"], 1 - metrics["cosine"])
+
+
+def test_channel_similarity_sees_what_the_cosine_along_channels_does_not():
+    """D-49: the mean feature everywhere is similar cell by cell and tells nothing about where things are."""
+    teacher = 5.0 + torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    valid = torch.ones(2, 1, *SHAPE[1:])
+    assert torch.allclose(channel_similarity(3 * teacher + 1, teacher, valid), torch.ones(2), atol=1e-5)
+    mean = teacher.mean((2, 3), keepdim=True).expand_as(teacher)
+    assert channel_similarity(mean, teacher, valid).abs().max() < 0.05
+    assert torch.nn.functional.cosine_similarity(mean, teacher, dim=1).mean() > 0.9
+    valid[..., 9:, :] = 0
+    spoiled = teacher.clone()
+    spoiled[..., 9:, :] = float("inf")
+    assert torch.allclose(channel_similarity(spoiled, teacher, valid), torch.ones(2), atol=1e-5)
 
 
 def test_the_whole_student_is_trained_and_nothing_else():
