@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from stage1_world import TINY, Stage1World
+from stage1_world import TINY, Stage1World, make_store
 
 from sam3.config import StudentConfig
 from sam3.model.student_encoder import build_student
-from sam3_train.embeddings import CODECS
+from sam3_train.embeddings import CODECS, EmbeddingStore
 from sam3_train.errors import UserError
 from sam3_train.losses import masked_mse
 from sam3_train.optim import parameter_groups
@@ -141,20 +141,16 @@ def test_saved_names_are_the_published_ones_and_load_strictly():
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
-def test_stored_features_are_decoded_where_the_batch_is(codec):
+def test_stored_features_are_decoded_where_the_batch_is(world: Stage1World, tmp_path, codec):
     """D-53: the loader hands over the stored types; float32 exists on the device only."""
-    import numpy as np
-
-    features = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
-    parts = []
-    for feature in features:
-        payload = np.empty(CODECS[codec].payload_bytes(SHAPE), np.uint8)
-        CODECS[codec].encode_into(feature.half().numpy(), payload)
-        parts.append({k: torch.from_numpy(np.array(v)) for k, v in CODECS[codec].split(payload, SHAPE).items()})
-    batch = {"embedding": {name: torch.stack([p[name] for p in parts]) for name in parts[0]}}
-    decoded = stored_features(CODECS[codec])(batch)["teacher"]
+    store = EmbeddingStore(make_store(tmp_path, world.data, world.teacher, codec=codec))
+    records = [store.read_raw(key)[1] for key in ("sa_0", "sa_1")]
+    batch = {"embedding": {name: torch.stack([torch.from_numpy(r[name]) for r in records]) for name in records[0]}}
+    assert batch["embedding"]["values"].dtype == {"fp16": torch.float16, "int8": torch.int8}[codec]
+    decoded = stored_features(store.codec)(batch)["teacher"]
     assert decoded.dtype == torch.float32
-    torch.testing.assert_close(decoded, features, atol=2e-2, rtol=1e-3)
+    expected = torch.stack([torch.from_numpy(EmbeddingStore(world.store).read(key)[1]) for key in ("sa_0", "sa_1")])
+    torch.testing.assert_close(decoded, expected.float(), atol=0.1, rtol=1e-3)
     assert batch.keys() == {"embedding"}, "the loader's batch is left as it is"
 
 
