@@ -308,7 +308,7 @@ def test_two_agents_on_one_machine_share_an_export_exactly(command, tmp_path):
         subprocess.Popen([*launch, f"NODE_RANK={rank}", *flags], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    errors = [agent.communicate(timeout=120)[1] for agent in agents]
+    errors = [agent.communicate(timeout=300)[1] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], errors
     one, two = (EmbeddingStore(tmp_path / name / "embeddings") for name in ("one", "two"))
     shares = [(tmp_path / f"two/embeddings/rank{rank}-keys.txt").read_text().split() for rank in range(2)]

@@ -44,7 +44,7 @@ def test_a_bare_call_starts_one_process_with_the_teacher_config(launch):
 
 def test_words_and_environment_set_flags_and_the_rest_goes_through(launch):
     done = launch(
-        "DATA_PATH=a b", "--check-saved-embed", "4", "BATCH_SIZE=2", "--", "A=b", OUTPUT="out", BATCH_SIZE="9"
+        "DATA_PATH=a b", "--check-saved-embed", "4", "BATCH_SIZE=2", "--", "A=b", OUTPUT="o", BATCH_SIZE="9"
     )
     words = done.stdout.splitlines()
     script = next(i for i, word in enumerate(words) if word.endswith("save_embedding_stage1.py"))
