@@ -5,6 +5,7 @@ No annotation is opened: the trunk is distilled from images alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -26,6 +27,9 @@ class EmbeddingReader(Protocol):
 
     def read_raw(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
         """A record's seed, and its payload as named arrays of the stored types."""
+
+    def prefetch(self, keys: Iterable[str]) -> None:
+        """Announce records that will be read soon."""
 
 
 class Stage1Dataset(Dataset[dict[str, Any]]):
@@ -92,6 +96,12 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, in this process and in workers that are already running."""
         self._epoch.fill_(epoch)
+
+    def __getitems__(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """The items of a batch; the store hears of all their keys first, so that the disk reads ahead."""
+        if self.store is not None:
+            self.store.prefetch([self.index.key(position) for position in positions])
+        return [self[position] for position in positions]
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         try:
