@@ -45,6 +45,7 @@ def test_a_record_of_the_released_size_has_the_published_number_of_bytes():
 
 @pytest.mark.parametrize("last_newline", [b"", b"\n"])
 def test_files_of_the_public_tool_open_when_the_shape_is_stated(tmp_path, last_newline):
+    """D-12: sizes are checked against the stated shape; D-40: the seed is read on every version of numpy."""
     keys = ["sa_3", "sa_1"]
     (tmp_path / "rank0-keys.txt").write_bytes("\n".join(keys).encode() + last_newline)
     records = [struct.pack("<i", seed) + make_embedding(key).tobytes() for seed, key in enumerate(keys)]
@@ -75,6 +76,7 @@ def test_every_codec_makes_the_round_trip(tmp_path, codec):
 
 
 def test_int8_batches_decode_like_single_records():
+    """D-53: what a loader hands over keeps its stored types and is decoded on the device, a batch at a time."""
     codec = CODECS["int8"]
     payloads = [codec.encode(make_embedding(key)) for key in "ab"]
     parts = [codec.split(payload, SHAPE) for payload in payloads]
