@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sam3.backbones.registry import BackboneSpec, register
 
-FINE_CHANNELS, CHANNELS = 64, 192
+FINE_CHANNELS, CHANNELS = 48, 128
 """Width at stride 7 and at stride 14."""
 
 
@@ -39,12 +39,12 @@ class MixerBlock(nn.Module):
 
 
 class DemoCnn(nn.Module):
-    """Stem to stride 7, two blocks, downsampling to stride 14, four blocks."""
+    """Stem to stride 7 and one block there, downsampling to stride 14 and four blocks there: 0.4M parameters."""
 
     def __init__(self) -> None:
         super().__init__()
         self.demo_stem = nn.Sequential(conv_norm(3, FINE_CHANNELS, kernel=9, stride=7), nn.ReLU())
-        self.fine = nn.Sequential(*(MixerBlock(FINE_CHANNELS, kernel=5) for _ in range(2)))
+        self.fine = MixerBlock(FINE_CHANNELS, kernel=5)
         self.down = nn.Sequential(conv_norm(FINE_CHANNELS, CHANNELS, kernel=4, stride=2), nn.ReLU())
         self.coarse = nn.Sequential(*(MixerBlock(CHANNELS, kernel=5) for _ in range(4)))
 
