@@ -95,7 +95,6 @@ def _distill_defaults() -> CfgNode:
 def _val_defaults() -> CfgNode:
     val = CfgNode()
     val.ENABLE = True  # validate on the val split; a store without it needs VAL.ENABLE False said aloud
-    val.FREQ = 1  # epochs between validations
     val.MASK_AGREEMENT = False  # IoU of student's and teacher's masks through the SAM heads of MODEL.SAM3_CHECKPOINT
     val.MASK_PROMPTS = 4  # prompts per side of the grid of clicks that mask agreement uses
     return val

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from yacs.config import CfgNode
 
 from sam3.backbones import student_names
 from sam3.preprocess import Preprocess
@@ -50,6 +52,23 @@ def test_training_reads_where_the_export_writes():
     student = load_config(get_defaults(), CONFIGS / "es_rv_m.yaml")
     assert Path(student.DISTILL.TEACHER_EMBED_PATH) == Path("output/stage1_teacher/embeddings")
     assert teacher.DISTILL.TEACHER_EMBED_PATH == student.DISTILL.TEACHER_EMBED_PATH
+
+
+def setting_names(cfg: CfgNode, prefix: str = "") -> list[str]:
+    nested = [(f"{prefix}{key}", value) for key, value in cfg.items()]
+    return [n for key, v in nested for n in (setting_names(v, f"{key}.") if isinstance(v, CfgNode) else [key])]
+
+
+def test_every_setting_is_read_somewhere():
+    """D-59: no setting is accepted and ignored."""
+    root = CONFIGS.parents[1]
+    files = [path for folder in ("stage1", "sam3/sam3_train") for path in (root / folder).rglob("*.py")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    names = setting_names(get_defaults())
+    assert len(names) > 60
+    # An assignment (`data.BATCH_SIZE = 64`) is where a setting is defined, everything else a use.
+    unread = [name for name in names if not re.search(rf"\.{name.rsplit('.', 1)[-1]}\b(?! = )", source)]
+    assert not unread
 
 
 def test_no_yaml_names_an_output():
