@@ -43,9 +43,7 @@ class PointPrompts:
             ValueError: If the two count pixels of different grids.
         """
         if self.frame_hw != other.frame_hw:
-            raise ValueError(
-                f"prompts of frames {self.frame_hw} and {other.frame_hw} can't be joined: scale one of them"
-            )
+            raise ValueError(f"prompts of frames {self.frame_hw} and {other.frame_hw} can't be joined: scale one")
         points = torch.cat([self.points_xy_px, other.points_xy_px], dim=1)
         return PointPrompts(points, torch.cat([self.labels, other.labels], dim=1), self.frame_hw)
 
@@ -152,9 +150,8 @@ def correction_clicks(
     if method not in ("uniform", "centre"):
         raise ValueError(f"method {method!r} is not one of ('uniform', 'centre')")
     if truth_bhw.shape != predicted_bhw.shape or truth_bhw.ndim != 3:
-        raise ValueError(
-            f"truth {tuple(truth_bhw.shape)} and prediction {tuple(predicted_bhw.shape)} must be (B, H, W)"
-        )
+        shapes = f"{tuple(truth_bhw.shape)} and {tuple(predicted_bhw.shape)}"
+        raise ValueError(f"truth and prediction must have one shape (B, H, W), got {shapes}")
     truth, predicted = truth_bhw.bool(), predicted_bhw.bool()
     missed, spilled = truth & ~predicted, predicted & ~truth
     if method == "uniform":
