@@ -1,8 +1,8 @@
 """Check an embedding store on the disk, without a GPU, a teacher or the images.
 
-    python -m sam3_train.embeddings.verify output/stage1_teacher/embeddings            # a sample of the records
-    python -m sam3_train.embeddings.verify output/stage1_teacher/embeddings --all      # every byte
-    python -m sam3_train.embeddings.verify DIR --shape 1024 72 72                      # files of the public tool
+    python -m sam3_train.embeddings.verify output/stage1_teacher/embeddings                  # every record
+    python -m sam3_train.embeddings.verify output/stage1_teacher/embeddings --sample 1000    # a quick look
+    python -m sam3_train.embeddings.verify DIR --shape 1024 72 72                            # files of the public tool
 
 Looks at file sizes, key lines, CRCs, values that are not finite, keys that stand twice and keys that are missing. Exit
 code 0 if all is well, 2 with a list of what is wrong otherwise. ``stage1/save_embedding_stage1.py --check-saved-embed``
@@ -36,7 +36,6 @@ from sam3_train.embeddings.spec import (
 )
 from sam3_train.errors import EXIT_USER_ERROR, UserError, run_cli
 
-DEFAULT_SAMPLE = 1000
 MAX_NAMED = 20  # problems of one kind that are named one by one
 
 
@@ -162,8 +161,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("directory", metavar="DIR", help="the store: the folder of rank0-values.bin")
     how_many = parser.add_mutually_exclusive_group()
-    how_many.add_argument("--all", action="store_true", help="check the bytes of every record")
-    how_many.add_argument("--sample", type=int, default=DEFAULT_SAMPLE, metavar="N", help="check N records")
+    how_many.add_argument("--all", action="store_true", help="check the bytes of every record (the default)")
+    how_many.add_argument("--sample", type=int, metavar="N", help="check the bytes of N records, evenly spread")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("C", "H", "W"), help="for files without store.json")
     parser.add_argument("--keys", metavar="FILE", help="keys that must be there, one per line")
     return parser
@@ -171,7 +170,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
-    if args.sample < 0:
+    if args.sample is not None and args.sample < 0:
         raise UserError(f"--sample {args.sample} must not be negative")
     wanted = None
     if args.keys:
@@ -182,7 +181,7 @@ def _main(argv: list[str] | None) -> int:
     report = verify_store(
         args.directory,
         shape=tuple(args.shape) if args.shape else None,
-        sample=None if args.all else args.sample,
+        sample=args.sample,
         wanted_keys=wanted,
         show_progress=sys.stderr.isatty(),
     )
