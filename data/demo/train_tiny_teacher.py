@@ -20,12 +20,14 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from sam3_train.config import add_common_args, apply_flags, environment_record, load_config, training_defaults
+from sam3_train.config import add_common_args, apply_flags, load_config, training_defaults
 from sam3_train.errors import UserError, run_cli
+from sam3_train.run_record import package_versions
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "tiny_teacher.safetensors"
 RECORD = HERE / "tiny_teacher.json"
+TRAINING_NOTE = "training.json"
 FIRST_SCENES = 6
 """So many of the test scenes are scored apart, for a quick check of the shipped file."""
 
@@ -72,11 +74,13 @@ def _main(argv: list[str] | None) -> int:
     from sam3_train.distributed import training_run
 
     with training_run(args.device) as run:
-        started = time.time()
         if not args.export_only:
+            started = time.time()
             _train(cfg, run, args)
+            if run.is_main and not args.dry_run:
+                _note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, time.time() - started, run)
         if run.is_main and not args.dry_run:
-            _export(cfg, args, time.time() - started, run)
+            _export(cfg, args)
     return 0
 
 
@@ -133,7 +137,25 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
     )
 
 
-def _export(cfg: CfgNode, args: argparse.Namespace, seconds: float, run: Any) -> None:
+def _note_training(path: Path, seconds: float, run: Any) -> None:
+    """Keep what the record will say about the training; the seconds of a resumed run add up."""
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    note = {
+        "command": " ".join(["python data/demo/train_tiny_teacher.py", *sys.argv[1:]]),
+        "training_seconds": round(before.get("training_seconds", 0) + seconds),
+        "training_device": f"{run.world_size} x {run.device}, {torch_threads()} threads each",
+    }
+    path.write_text(json.dumps({**before, **note}, indent=2))
+
+
+def torch_threads() -> int:
+    """Threads that torch computes with."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Write the weights of the newest checkpoint and measure them on held-out scenes, through the predictor."""
     import torch
     from demo_eval import evaluate_promptable, generate_test_scenes
@@ -165,17 +187,16 @@ def _export(cfg: CfgNode, args: argparse.Namespace, seconds: float, run: Any) ->
     shipped = load_model(args.weights, device="cpu")
     scenes = generate_test_scenes(args.test_scenes)
     scores = evaluate_promptable(shipped, scenes)
+    note = Path(cfg.OUTPUT) / TRAINING_NOTE
     record = {
-        "command": "python " + " ".join(["data/demo/train_tiny_teacher.py", *sys.argv[1:]]),
+        **(json.loads(note.read_text()) if note.is_file() else {}),
         "seed": cfg.SEED,
-        "training_seconds": round(seconds),
-        "training_device": f"{run.device} x {run.world_size}",
         "steps": state["step"],
         "test_scenes": args.test_scenes,
         "miou": scores,
         "miou_first_scenes": evaluate_promptable(shipped, scenes[:FIRST_SCENES]),
         "weights_sha256": sha256_file(args.weights),
-        "environment": environment_record(),
+        "versions": package_versions(("torch", "numpy", "pillow", "scikit-image")),
     }
     args.weights.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record["miou"]))
