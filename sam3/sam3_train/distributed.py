@@ -24,6 +24,10 @@ from sam3_train.failure_watch import FailureWatch
 T = TypeVar("T")
 
 
+START_TIMEOUT_S = 300.0
+"""How long ranks wait for each other at the start: machines may need minutes to read torch from a network disk."""
+
+
 @dataclass(frozen=True)
 class RunContext:
     """Where this process stands in the run."""
@@ -54,7 +58,7 @@ def training_run(device: str | None = None, timeout_s: float = 1800.0) -> Iterat
         This process's `RunContext`.
 
     Raises:
-        UserError: If the device is not there, or torchrun's variables are incomplete.
+        UserError: If the device is not there, torchrun's variables are incomplete, or a rank never comes.
     """
     world_size, rank, local_rank = (_env_int(name, value) for name, value in _RANK_DEFAULTS.items())
     chosen = pick_device(device, local_rank, world_size)
@@ -64,8 +68,7 @@ def training_run(device: str | None = None, timeout_s: float = 1800.0) -> Iterat
     if world_size == 1:
         yield run
         return
-    backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    _join_process_group(run, timeout_s)
     watch = FailureWatch.start(run.rank, run.world_size)
     try:
         yield run
@@ -185,6 +188,35 @@ def mean_over_ranks(value: Any) -> Any:
         dist.all_reduce(mean)
         mean /= world_size()
     return mean
+
+
+def _join_process_group(run: RunContext, timeout_s: float) -> None:
+    """Wait for all ranks at the store, then connect them.
+
+    The wait has a time-out of its own: a rank that fails before it gets here (a bad path on one machine) cannot say so.
+    """
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    wait = datetime.timedelta(seconds=START_TIMEOUT_S)
+    keys = [f"arrived/{rank}" for rank in range(run.world_size)]
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=wait)))
+        store.set(keys[run.rank], "1")
+    except (dist.DistError, ValueError) as error:
+        raise UserError(
+            f"rank {run.rank} did not find the other processes at {where} (MASTER_ADDR, MASTER_PORT): "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    try:
+        store.wait(keys, wait)
+    except dist.DistError as error:
+        absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+        raise UserError(
+            f"ranks {', '.join(absent)} of {run.world_size} did not come to {where} within {START_TIMEOUT_S:.0f} s: "
+            "look at their own messages"
+        ) from error
+    backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group(backend, store=store, rank=run.rank, world_size=run.world_size, timeout=timeout)
 
 
 def _env_int(name: str, default: int) -> int:

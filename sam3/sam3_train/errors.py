@@ -92,7 +92,7 @@ def _report(error: Exception, code: int) -> None:
         print(f"error: {error}", file=sys.stderr)
     else:
         print(str(error) or "interrupted", file=sys.stderr)
-        if threading.current_thread() is threading.main_thread():
+        if "LOCAL_RANK" in os.environ and threading.current_thread() is threading.main_thread():
             # torchrun sends SIGTERM to the ranks that end a moment later; they must still end with 130.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stderr.flush()

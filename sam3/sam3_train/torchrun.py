@@ -41,15 +41,25 @@ def main(argv: list[str] | None = None) -> int:
     except (SignalException, KeyboardInterrupt):
         return EXIT_INTERRUPTED
     except (DistError, RendezvousError) as error:
-        where = args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}"
-        reason = str(error).splitlines()[0]
+        return _report_lost_connection(args.rdzv_endpoint or f"{args.master_addr}:{args.master_port}", error)
+    return EXIT_DONE
+
+
+def _report_lost_connection(where: str, error: Exception) -> int:
+    times = os.times()
+    if times.children_user + times.children_system > 0:  # processes have run, so the nodes had found each other
         print(
-            f"error: the processes could not be brought together at {where}: {reason}. Is the address reachable and "
-            "the port free (MASTER_PORT, RDZV_ENDPOINT), and do all nodes use the same?",
+            f"error: the connection to the other machines at {where} was lost: one of them ended, see its own message; "
+            "all processes here were ended. Start the same command again to continue.",
             file=sys.stderr,
         )
-        return EXIT_USER_ERROR
-    return EXIT_DONE
+        return EXIT_BUG
+    print(
+        f"error: the processes could not be brought together at {where}: {str(error).splitlines()[0]}. Is the address "
+        "reachable and the port free (MASTER_PORT, RDZV_ENDPOINT), and do all nodes use the same?",
+        file=sys.stderr,
+    )
+    return EXIT_USER_ERROR
 
 
 def _quieten_torch() -> None:
