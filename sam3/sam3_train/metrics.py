@@ -52,8 +52,12 @@ class RunningMean:
         """Name to (sum, count), both on the host; waits for the device once."""
         if not self._sums:
             return {}
-        stacked = torch.stack([torch.stack([self._sums[n], self._counts[n]]).cpu() for n in self._sums]).tolist()
-        return {name: (total, count) for name, (total, count) in zip(self._sums, stacked, strict=True)}
+        values = [*self._sums.values(), *self._counts.values()]
+        if len({value.device for value in values}) > 1:
+            values = [value.cpu() for value in values]
+        numbers = torch.stack(values).tolist()
+        half = len(self._sums)
+        return dict(zip(self._sums, zip(numbers[:half], numbers[half:], strict=True), strict=True))
 
     def means(self) -> dict[str, float]:
         """Name to mean over what was added on this rank; NaN where nothing was."""
