@@ -158,6 +158,7 @@ def kill_trainings(num_kills: int, folder: Path, num_images: int, seed: int) -> 
     Returns:
         Whether every finished run has the weights, averages and optimizer state of the undisturbed one, bit for bit.
     """
+    import stage1.run  # noqa: F401  torch and the rest are imported once, not in every child
     from stage1.train_stage1 import main as train
 
     in_child(_make_training_inputs, folder, num_images, seed)
