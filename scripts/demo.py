@@ -92,7 +92,7 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
             "Merge the student into the teacher's checkpoint",
             [
                 *("python", "stage1/convert_stage1_weights.py", "--student-ckpt", str(run / "best.pth")),
-                *("--sam3-ckpt", str(TEACHER), "--output", str(merged)),
+                *("--sam3-ckpt", str(TEACHER), "--output", str(merged), "--fuse", "--dtype", "fp16"),
             ],
             [],
             [merged],
