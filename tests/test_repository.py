@@ -115,6 +115,12 @@ def test_file_names_say_something():
         assert not re.search(r"(^my_|_v2$|_final$|_new$|_old$)", path.stem), path
 
 
+def test_test_files_have_names_of_their_own():
+    """pytest imports test files by their base name: of two alike, one is never run."""
+    names = [path.name for path in PYTHON if "tests" in path.relative_to(ROOT).parts]
+    assert sorted({name for name in names if names.count(name) > 1} - {"__init__.py", "conftest.py"}) == []
+
+
 @pytest.mark.parametrize("path", SHELL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_shell_scripts_parse_and_fail_on_the_first_error(path):
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=20)

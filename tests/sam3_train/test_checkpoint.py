@@ -125,19 +125,47 @@ def test_step_checkpoints_make_room_and_leave_a_fallback(tmp_path):
 
 
 def test_remains_of_a_killed_run_are_cleared_and_foreign_files_are_not(tmp_path):
+    CheckpointManager(tmp_path).save_epoch(state(), 0, 1)
     for name in (".ckpt_epoch_3.pth.123.tmp", ".best.pth.77.tmp", "merged.pth", "ckpt_epoch_99.pth", "notes.tmp"):
         (tmp_path / name).write_bytes(b"x")
-    CheckpointManager(tmp_path).save_epoch(state(), 0, 1)
-    assert names(tmp_path) == ["ckpt_epoch_0.pth", "ckpt_epoch_99.pth", "last.json", "merged.pth", "notes.tmp"]
+    (tmp_path / "ckpt_step_00000001.pth").write_bytes(b"put aside by the user")
+    CheckpointManager(tmp_path).save_epoch(state(), 1, 2)
+    assert names(tmp_path) == [
+        "ckpt_epoch_0.pth",
+        "ckpt_epoch_1.pth",
+        "ckpt_epoch_99.pth",
+        "ckpt_step_00000001.pth",
+        "last.json",
+        "merged.pth",
+        "notes.tmp",
+    ]
 
 
-def test_a_checkpoint_the_pointer_no_longer_names_is_replaced_not_trusted(tmp_path):
+class KilledError(BaseException):
+    """Stands in for kill -9."""
+
+
+def kill_in(manager: CheckpointManager, monkeypatch, call: int) -> None:
+    """Let the manager end at its ``call``-th writing of the pointer."""
+    original, calls = manager._write_pointer, []
+
+    def write(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == call:
+            raise KilledError
+        original(*args, **kwargs)
+
+    monkeypatch.setattr(manager, "_write_pointer", write)
+
+
+def test_a_checkpoint_that_the_pointer_does_not_name_is_replaced_not_trusted(tmp_path, monkeypatch):
     """D-44: a step file written just before a crash, before the pointer knew it."""
     manager = CheckpointManager(tmp_path)
     manager.save_step(state(1), 0, 1)
-    pointer = (tmp_path / "last.json").read_bytes()
-    manager.save_step(state(2), 0, 2)
-    (tmp_path / "last.json").write_bytes(pointer)
+    kill_in(manager, monkeypatch, 2)
+    with pytest.raises(KilledError):
+        manager.save_step(state(2), 0, 2)
+    assert "ckpt_step_00000002.pth" in names(tmp_path)
     manager = CheckpointManager(tmp_path)
     path, loaded = manager.load_newest()
     assert path.name == "ckpt_step_00000001.pth" and loaded["epoch"] == 1
@@ -145,10 +173,66 @@ def test_a_checkpoint_the_pointer_no_longer_names_is_replaced_not_trusted(tmp_pa
     assert names(tmp_path) == ["ckpt_step_00000001.pth", "ckpt_step_00000003.pth", "last.json"]
 
 
-def test_a_broken_pointer_is_an_error_and_not_a_new_run(tmp_path):
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("again", ["step", "epoch"])
+def test_a_kill_while_the_same_position_is_saved_again_leaves_a_checkpoint(tmp_path, monkeypatch, again, call):
+    """D-44, D-46: e.g. once by time and once at the end, within one step."""
+    manager = CheckpointManager(tmp_path)
+    if again == "epoch":
+        manager.save_step(state(1), 0, 1)
+    save = manager.save_step if again == "step" else manager.save_epoch
+    save(state(2), 0, 2)
+    kill_in(manager, monkeypatch, call)
+    with pytest.raises(KilledError):
+        save(state(3), 0, 2)
+    assert CheckpointManager(tmp_path).load_newest() is not None
+    CheckpointManager(tmp_path).save_step(state(4), 0, 4)
+    assert CheckpointManager(tmp_path).load_newest()[1]["epoch"] == 4
+
+
+def test_checkpoints_without_a_pointer_are_not_overwritten_by_a_new_run(tmp_path):
+    """D-44: a lost last.json is an error, whatever the number of checkpoints."""
+    CheckpointManager(tmp_path).save_epoch(state(), 0, 1)
+    (tmp_path / "last.json").unlink()
+    with pytest.raises(UserError, match=r"holds 1 checkpoints \(ckpt_epoch_0\.pth\) but no last\.json.*--resume"):
+        CheckpointManager(tmp_path)
+    assert CheckpointManager(tmp_path, reads_pointer=False).newest is None
+
+
+def test_a_kill_in_the_very_first_save_is_a_new_run(tmp_path, monkeypatch):
+    """D-46: its file is known to be nobody's."""
+    manager = CheckpointManager(tmp_path)
+    kill_in(manager, monkeypatch, 2)
+    with pytest.raises(KilledError):
+        manager.save_step(state(1), 0, 1)
+    assert names(tmp_path) == ["ckpt_step_00000001.pth", "last.json"]
+    manager = CheckpointManager(tmp_path)
+    assert manager.newest is None
+    manager.save_step(state(2), 0, 2)
+    assert names(tmp_path) == ["ckpt_step_00000002.pth", "last.json"]
+
+
+def test_the_checkpoint_a_user_continues_from_is_kept_and_so_are_its_neighbours(tmp_path):
+    """D-44: going back with --resume loses nothing that lies in the folder."""
+    manager = CheckpointManager(tmp_path)
+    for step in (10, 20):
+        manager.save_step(state(step), 0, step)
+    chosen = tmp_path / "ckpt_step_00000010.pth"
+    manager = CheckpointManager(tmp_path, reads_pointer=False)
+    manager.adopt(chosen, {"epoch": 0, "step": 10})
+    assert manager.load_newest()[0] == chosen
+    for step in (15, 25, 35, 45):
+        manager.save_step(state(step), 0, step)
+    assert CheckpointManager(tmp_path).names()[-1] == chosen.name
+    kept = [f"ckpt_step_000000{step}.pth" for step in (10, 20, 35, 45)]
+    assert names(tmp_path) == [*kept, "last.json"]
+
+
+@pytest.mark.parametrize("content", ['{"checkpoints": [', '{"checkpoints": [{"file": "a"}]}', "[]", '{"checkpoints": [1]}'])
+def test_a_broken_pointer_is_an_error_and_not_a_new_run(tmp_path, content):
     """D-44"""
     CheckpointManager(tmp_path).save_epoch(state(), 0, 1)
-    (tmp_path / "last.json").write_text('{"checkpoints": [')
+    (tmp_path / "last.json").write_text(content)
     with pytest.raises(UserError, match=r"last\.json cannot be read"):
         CheckpointManager(tmp_path)
 
