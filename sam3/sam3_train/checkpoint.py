@@ -7,7 +7,9 @@ A run's folder holds::
     best.pth               the epoch with the best validation metric (a hard link where the file system has them)
     last.json              pointer: the newest verified files with their SHA-256, newest first
 
-Only ``last.json`` decides what a run continues from; other ``*.pth`` files in the folder are never looked at.
+Only ``last.json`` decides what a run continues from; other ``*.pth`` files in the folder are never looked at. It is
+written before the first checkpoint, so checkpoints without it are not mistaken for a new run; and it names the files
+that are about to be written or removed, so that what a crash leaves behind is told from what others put there.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,6 +45,9 @@ __all__ = [
 
 POINTER_NAME = "last.json"
 BEST_NAME = "best.pth"
+
+_CHECKPOINT_NAME = re.compile(r"ckpt_(epoch|step)_\d+\.pth")
+_RECORD_FIELDS = {"file": str, "sha256": str, "bytes": int, "epoch": int, "step": int}
 
 
 def save_checkpoint(path: str | Path, state: dict[str, Any]) -> str:
@@ -154,6 +160,10 @@ class CheckpointManager:
         keep_last: How many of the newest checkpoints to keep (at least 2, so that there is one to fall back on).
         keep_every: Also keep every n-th epoch's; 0 for none.
         warn: Called with one line about each damaged checkpoint.
+        reads_pointer: False begins a new history, whatever the folder holds; see `adopt`.
+
+    Raises:
+        UserError: If the pointer cannot be read, or is missing where checkpoints are.
     """
 
     def __init__(
@@ -162,6 +172,7 @@ class CheckpointManager:
         keep_last: int = 2,
         keep_every: int = 0,
         warn: Callable[[str], None] = print,
+        reads_pointer: bool = True,
     ) -> None:
         self.folder = Path(folder)
         self.keep_last = max(2, keep_last)
@@ -171,7 +182,9 @@ class CheckpointManager:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the output folder {self.folder}: {error.strerror}; choose another") from None
-        self._records: list[dict[str, Any]] = self._read_pointer()
+        self._remains: list[str] = []
+        """What a killed process was about to write or remove."""
+        self._records: list[dict[str, Any]] = self._read_pointer() if reads_pointer else []
 
     @property
     def newest(self) -> dict[str, Any] | None:
@@ -209,13 +222,20 @@ class CheckpointManager:
         """Hand a line to the caller's log."""
         self._warn(message)
 
-    def forget(self) -> None:
-        """Drop the pointer's records (a run that continues from elsewhere starts its own history)."""
-        self._records = []
+    def adopt(self, path: Path, state: Mapping[str, Any]) -> None:
+        """Begin the history with the checkpoint that the user continues from, if it is one of this folder.
+
+        It is never removed then. A file from elsewhere is none of this folder's history.
+        """
+        if path.resolve().parent != self.folder.resolve() or not _CHECKPOINT_NAME.fullmatch(path.name):
+            return
+        record = {"file": path.name, "sha256": _file_sha256(path), "bytes": path.stat().st_size, "pinned": True}
+        self._records = [{**record, "epoch": state.get("epoch", 0), "step": state.get("step", 0)}]
 
     def _save(self, name: str, state: dict[str, Any], epoch: int, step: int, is_best: bool) -> Path:
         path = self.folder / name
-        self._clear_remains(step)
+        self._clear_remains(name)
+        self._write_pointer(self._records, unrecorded=[name])
         sha256 = save_checkpoint(path, state)
         record = {"file": name, "sha256": sha256, "bytes": path.stat().st_size, "epoch": epoch, "step": step}
         record["best"] = is_best
@@ -225,48 +245,58 @@ class CheckpointManager:
                 other["best"] = False
         old = [other for other in self._records if other["file"] != name]
         keep = [record, *(other for i, other in enumerate(old) if self._keeps(other, i + 1))]
-        self._write_pointer(keep)
+        removed = [other["file"] for other in old if other not in keep]
+        self._write_pointer(keep, unrecorded=removed)
         self._records = keep
-        for other in old:
-            if other not in keep:
-                (self.folder / other["file"]).unlink(missing_ok=True)
+        for other_name in removed:
+            (self.folder / other_name).unlink(missing_ok=True)
         return path
 
-    def _clear_remains(self, step: int) -> None:
-        """Remove what a killed run left: half-written files, and step checkpoints that the pointer never named."""
-        known = set(self.names())
+    def _clear_remains(self, name: str) -> None:
+        """Remove what a killed process left: half-written files, and a checkpoint that it could not record."""
         for pattern in (".ckpt_*.tmp", f".{BEST_NAME}.*.tmp", f".{POINTER_NAME}.*.tmp"):
             for path in self.folder.glob(pattern):
                 path.unlink(missing_ok=True)
-        for path in self.folder.glob("ckpt_step_*.pth"):
-            number = path.stem.removeprefix("ckpt_step_")
-            if path.name not in known and number.isdigit() and int(number) < step:
-                path.unlink(missing_ok=True)
+        for remains in set(self._remains) - {name, *self.names()}:
+            (self.folder / remains).unlink(missing_ok=True)
+        self._remains = []
 
     def _keeps(self, record: dict[str, Any], age: int) -> bool:
         is_epoch = record["file"].startswith("ckpt_epoch_")
         nth = bool(self.keep_every) and is_epoch and (record["epoch"] + 1) % self.keep_every == 0
-        return age < self.keep_last or nth or bool(record.get("best"))
+        return age < self.keep_last or nth or bool(record.get("best") or record.get("pinned"))
 
     def _read_pointer(self) -> list[dict[str, Any]]:
         path = self.folder / POINTER_NAME
         try:
-            records = json.loads(path.read_text())["checkpoints"]
-            return [dict(r) for r in records if {"file", "sha256", "bytes", "epoch", "step"} <= set(r)]
+            content = json.loads(path.read_text(encoding="utf-8"))
+            records = [_checked_record(record) for record in content["checkpoints"]]
+            self._remains = [str(name) for name in content.get("unrecorded", []) if _CHECKPOINT_NAME.fullmatch(name)]
         except FileNotFoundError:
+            self._require_no_checkpoints()
             return []
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise UserError(
-                f"{path} cannot be read ({error}); name a checkpoint with --resume after removing it, or choose "
-                "another --output"
+                f"{path} cannot be read ({error}); name a checkpoint with --resume, or choose another --output"
             ) from None
+        return records
 
-    def _write_pointer(self, records: list[dict[str, Any]]) -> None:
+    def _require_no_checkpoints(self) -> None:
+        """Raise a UserError if there are checkpoints: without the pointer a new run would write over them."""
+        found = sorted(path.name for path in self.folder.glob("ckpt_*.pth") if _CHECKPOINT_NAME.fullmatch(path.name))
+        if found:
+            raise UserError(
+                f"{self.folder} holds {len(found)} checkpoints ({', '.join(found[:3])}) but no {POINTER_NAME}, so it "
+                "is not known which of them is whole: name one with --resume, or choose another --output for a new run"
+            )
+
+    def _write_pointer(self, records: list[dict[str, Any]], unrecorded: Sequence[str] = ()) -> None:
         path = self.folder / POINTER_NAME
+        content = {"format_version": 1, "checkpoints": records, "unrecorded": list(unrecorded)}
         aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             with open(aside, "w", encoding="utf-8") as file:
-                json.dump({"format_version": 1, "checkpoints": records}, file, indent=2)
+                json.dump(content, file, indent=2)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
@@ -342,6 +372,13 @@ def _plain_key(key: Any, where: str) -> Any:
     if type(key) in (str, int):
         return key
     raise TypeError(f"{where} has a key of type {type(key).__name__}: use str or int")
+
+
+def _checked_record(record: Any) -> dict[str, Any]:
+    wrong = [name for name, kind in _RECORD_FIELDS.items() if not isinstance(record.get(name), kind)]
+    if wrong:
+        raise ValueError(f"a record has no proper {', '.join(wrong)}")
+    return dict(record)
 
 
 def _content_problem(path: Path, record: Mapping[str, Any]) -> str | None:

@@ -60,15 +60,18 @@ def find_checkpoints(
     """
     if not run.is_main:
         return [], broadcast_object(None)
-    managers = [CheckpointManager(m.output, m.cfg.TRAIN.KEEP_LAST, m.cfg.TRAIN.KEEP_EVERY) for m in members]
     explicit = [member.resume for member in members if member.resume is not None]
+    managers = [
+        CheckpointManager(m.output, m.cfg.TRAIN.KEEP_LAST, m.cfg.TRAIN.KEEP_EVERY, reads_pointer=not explicit)
+        for m in members
+    ]
     found: list[tuple[Path, dict[str, Any]]] | None = None
     if explicit:
         if len(explicit) != len(members):
             raise UserError("--resume must name a checkpoint for each student, or for none")
         found = [(path, load_checkpoint(path)) for path in explicit]
-        for manager in managers:
-            manager.forget()
+        for manager, (path, state) in zip(managers, found, strict=True):
+            manager.adopt(path, state)
     elif members[0].cfg.TRAIN.AUTO_RESUME:
         found = load_common(managers)
     else:

@@ -147,8 +147,20 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_nothing(tmp_p
 def test_only_the_pointer_decides_what_is_resumed(tmp_path):
     """D-44: a newer file of any other kind beside the checkpoints is never looked at."""
     torch.save({"model": {"foreign": torch.ones(1)}}, tmp_path / "merged.pth")
-    torch.save({"model": {}}, tmp_path / "ckpt_epoch_9.pth")
     assert train_toy(tmp_path, ["TRAIN.EPOCHS", "1"]).epochs_done == 1
+    torch.save({"model": {}}, tmp_path / "ckpt_epoch_9.pth")
+    assert train_toy(tmp_path, ["TRAIN.EPOCHS", "2"]).epochs_done == 2
+
+
+def test_a_lost_pointer_is_no_new_run(tmp_path):
+    """D-44: nothing is overwritten, and --resume is the way on."""
+    train_toy(tmp_path, ["TRAIN.EPOCHS", "1"])
+    (tmp_path / "last.json").unlink()
+    before = (tmp_path / "ckpt_epoch_0.pth").read_bytes()
+    with pytest.raises(UserError, match=r"but no last\.json"):
+        train_toy(tmp_path, ["TRAIN.EPOCHS", "2"])
+    assert train_toy(tmp_path, ["TRAIN.EPOCHS", "2"], resume=tmp_path / "ckpt_epoch_0.pth").step == 24
+    assert (tmp_path / "ckpt_epoch_0.pth").read_bytes() == before
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
