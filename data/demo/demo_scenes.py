@@ -11,13 +11,24 @@ from demo_backgrounds import SPLITS, random_background
 from demo_shapes import Pose, Shape, Sprite, draw_sprite, paint, sample_shape
 
 SIZES_HW = ((288, 384), (384, 288), (360, 480), (320, 480), (480, 360), (336, 336), (270, 480), (300, 400))
-MIN_VISIBLE_SHARE = 0.4
-"""Of a shape's own area: what must stay visible of it, whatever lies over it or beyond the border."""
-MIN_VISIBLE_AREA = 0.008
-"""Of the image's area."""
-RADIUS_RANGE = (0.11, 0.3)
-"""Of the image's shorter side, drawn log-uniformly."""
 MAX_TRIES = 12
+
+
+@dataclass(frozen=True)
+class SceneStyle:
+    """How small and how hidden the objects of a scene may be."""
+
+    radius_range: tuple[float, float]
+    """Of the image's shorter side, drawn log-uniformly."""
+    min_visible_share: float
+    """Of a shape's own area: what must stay visible of it, whatever lies over it or beyond the border."""
+    min_visible_area: float
+    """Of the image's area."""
+
+
+WORLD_STYLE = SceneStyle((0.15, 0.34), 0.7, 0.02)
+TRAINING_STYLE = SceneStyle((0.11, 0.3), 0.4, 0.008)
+"""What the tiny teacher is trained on: smaller and more hidden objects than the world shows."""
 
 
 @dataclass
@@ -51,7 +62,9 @@ def scene_rng(seed: int, split: str, index: int) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS.index(split), index])
 
 
-def make_scene(seed: int, split: str, index: int, num_objects: tuple[int, int] = (2, 5)) -> Scene:
+def make_scene(
+    seed: int, split: str, index: int, num_objects: tuple[int, int] = (2, 5), style: SceneStyle = WORLD_STYLE
+) -> Scene:
     """Build scene ``index`` of a split; the same arguments give the same pixels.
 
     Args:
@@ -59,6 +72,7 @@ def make_scene(seed: int, split: str, index: int, num_objects: tuple[int, int] =
         split: "train", "val" or "test": which photos may lie behind.
         index: Number of the scene in its split.
         num_objects: Fewest and most shapes to place; a crowded scene may end with fewer.
+        style: Sizes and overlap.
 
     Returns:
         The scene; it has at least one object.
@@ -66,7 +80,7 @@ def make_scene(seed: int, split: str, index: int, num_objects: tuple[int, int] =
     rng = scene_rng(seed, split, index)
     image_hw = SIZES_HW[rng.integers(len(SIZES_HW))]
     image, background = random_background(rng, split, image_hw)
-    objects, owner = _place_shapes(rng, image_hw, int(rng.integers(num_objects[0], num_objects[1] + 1)))
+    objects, owner = _place_shapes(rng, image_hw, int(rng.integers(num_objects[0], num_objects[1] + 1)), style)
     for item in objects:
         shadow_px = rng.uniform(2.0, 6.0) if rng.random() < 0.25 else 0.0
         paint(image, item.shape, item.pose, item.sprite, shadow_px)
@@ -82,7 +96,7 @@ def make_scene(seed: int, split: str, index: int, num_objects: tuple[int, int] =
 
 
 def _place_shapes(
-    rng: np.random.Generator, image_hw: tuple[int, int], count: int
+    rng: np.random.Generator, image_hw: tuple[int, int], count: int, style: SceneStyle
 ) -> tuple[list[PlacedShape], np.ndarray]:
     """Place up to ``count`` shapes back to front; a shape that would hide another one too much is drawn again."""
     height, width = image_hw
@@ -91,7 +105,7 @@ def _place_shapes(
     for _ in range(count * MAX_TRIES):
         if len(objects) == count:
             break
-        low, high = (math.log(share * min(image_hw)) for share in RADIUS_RANGE)
+        low, high = (math.log(share * min(image_hw)) for share in style.radius_range)
         pose = Pose(
             rng.uniform(0, width), rng.uniform(0, height), math.exp(rng.uniform(low, high)), rng.uniform(0, 2 * math.pi)
         )
@@ -100,7 +114,7 @@ def _place_shapes(
             continue
         tried = owner.copy()
         tried[placed.sprite.area][placed.sprite.mask] = len(objects)
-        if _all_visible(tried, [*objects, placed]):
+        if _all_visible(tried, [*objects, placed], style):
             owner = tried
             objects.append(placed)
     return objects, owner
@@ -123,9 +137,9 @@ def outline_area_px(shape: Shape, pose: Pose) -> int:
     return round((areas[0] - sum(areas[1:])) * pose.radius_px**2)
 
 
-def _all_visible(owner: np.ndarray, objects: list[PlacedShape]) -> bool:
+def _all_visible(owner: np.ndarray, objects: list[PlacedShape], style: SceneStyle) -> bool:
     visible = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:]
-    least = [max(MIN_VISIBLE_SHARE * item.full_area_px, MIN_VISIBLE_AREA * owner.size) for item in objects]
+    least = [max(style.min_visible_share * item.full_area_px, style.min_visible_area * owner.size) for item in objects]
     return bool((visible >= np.array(least)).all())
 
 

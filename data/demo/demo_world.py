@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from sam3_train.errors import UserError, run_cli
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Raise it whenever the same settings give other bytes: worlds made before are then made anew."""
 MANIFEST = "world.json"
 FOLDERS = ("images", "annotations", "clips", "photos")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_scenes import Scene, make_scene
+from demo_scenes import TRAINING_STYLE, Scene, make_scene
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -101,7 +101,7 @@ def _run(jobs: list[tuple[PoolSpec, int]], num_workers: int) -> Iterator[tuple[n
 
 def _make_entry(job: tuple[PoolSpec, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     spec, index = job
-    return stretch_scene(make_scene(spec.seed, spec.split, index), spec.size_px, spec.grid_size)
+    return stretch_scene(make_scene(spec.seed, spec.split, index, style=TRAINING_STYLE), spec.size_px, spec.grid_size)
 
 
 def stretch_scene(scene: Scene, size_px: int, grid_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -170,7 +170,7 @@ def choose_objects(batch: dict[str, Tensor], num_chosen: int, shuffle: bool) -> 
 
 
 def augment(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Flip each scene along x and y, swap x and y, permute its colour channels: each at random.
+    """Flip each scene along x and y, swap x and y, permute its colour channels, change its tones: each at random.
 
     Random draws come from torch's global generator, whose state the training loop saves.
     """
@@ -180,7 +180,7 @@ def augment(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _augment_one(scene: dict[str, Tensor]) -> dict[str, Tensor]:
     boxes, last = scene["boxes"], scene["image"].shape[-1] - 1
-    flip_x, flip_y, swap, permute = (torch.rand(4) < torch.tensor([0.5, 0.5, 0.5, 0.3])).tolist()
+    flip_x, flip_y, swap, permute, tones = (torch.rand(5) < 0.5).tolist()
     maps = {name: scene[name] for name in ("image", "coverage", "occupied")}
     if flip_x:
         maps = {name: value.flip(-1) for name, value in maps.items()}
@@ -193,4 +193,12 @@ def _augment_one(scene: dict[str, Tensor]) -> dict[str, Tensor]:
         boxes = boxes[:, [1, 0, 3, 2]]
     if permute:
         maps["image"] = maps["image"][torch.randperm(3)]
+    if tones:
+        gamma, gain, offset = (
+            0.7 + 0.7 * torch.rand(3, 1, 1),
+            0.7 + 0.4 * torch.rand(3, 1, 1),
+            0.2 * torch.rand(3, 1, 1),
+        )
+        changed = ((maps["image"] / 255.0) ** gamma * gain + offset - 0.05) * 255.0
+        maps["image"] = changed.round().clamp(0, 255).to(torch.uint8)
     return {**maps, "boxes": boxes}

@@ -10,7 +10,7 @@ import demo_world
 import numpy as np
 import pytest
 from demo_backgrounds import PHOTOS, SPLITS
-from demo_scenes import MIN_VISIBLE_SHARE, make_scene, outline_area_px
+from demo_scenes import TRAINING_STYLE, WORLD_STYLE, SceneStyle, make_scene, outline_area_px
 from demo_shapes import COLOURS, SHAPES, Pose, Shape, draw_sprite, sample_shape
 from demo_world import WorldSettings, main, make_world
 from PIL import Image
@@ -43,9 +43,10 @@ def test_another_seed_gives_other_scenes():
     assert not np.array_equal(make_scene(0, "train", 3).image, make_scene(1, "train", 3).image)
 
 
-def test_masks_are_exact_visible_and_do_not_overlap():
+@pytest.mark.parametrize("style", [WORLD_STYLE, TRAINING_STYLE])
+def test_masks_are_exact_visible_and_do_not_overlap(style: SceneStyle):
     for index in range(12):
-        scene = make_scene(0, "train", index)
+        scene = make_scene(0, "train", index, style=style)
         assert 1 <= len(scene.masks) == len(scene.objects)
         assert scene.masks.sum(axis=0).max() == 1
         for i, item in enumerate(scene.objects):
@@ -54,7 +55,7 @@ def test_masks_are_exact_visible_and_do_not_overlap():
             for later in scene.objects[i + 1 :]:
                 alone[later.sprite.area] &= ~later.sprite.mask
             assert np.array_equal(scene.masks[i], alone)
-            assert alone.sum() >= MIN_VISIBLE_SHARE * item.full_area_px
+            assert alone.sum() >= style.min_visible_share * item.full_area_px
             x, y = scene.point_coords[i]
             assert scene.masks[i][y, x]
 
