@@ -25,6 +25,10 @@ from sam3_train.metrics import mask_iou
 from sam3_train.task import Task, freeze
 
 FOCAL_WEIGHT = 20.0
+IOU_WEIGHT = 2.0
+OTHERS_SHARE = 0.3
+"""Weight of the two candidates that are not the best one. SAM gives them none; here a prompt is rarely ambiguous, and a
+candidate that the IoU head takes by mistake should not be arbitrary."""
 BOX_SHARE = 0.5
 """Of the first prompts; the others are single clicks."""
 ABSENT_SHARE = 0.06
@@ -135,9 +139,8 @@ class PromptableTask(Task):
         balanced_share = min(1.0, max(0.0, 2.0 - step / max(1, self.balanced_steps)))
         pixels = balanced_share * means["balanced"] + (1 - balanced_share) * FOCAL_WEIGHT * means["focal"]
         means["instance"] = self.hints.instance_loss(fine_map, batch["coverage"])
-        means["loss"] = (
-            pixels + means["dice"] + means["iou_head"] + means["object"] + means["marked"] + means["instance"]
-        )
+        means["loss"] = pixels + means["dice"] + IOU_WEIGHT * means["iou_head"] + means["object"]
+        means["loss"] = means["loss"] + means["marked"] + means["instance"]
         means["iou"], means["iou_corrected"] = ious[0].nanmean(), ious[-1].nanmean()
         return means, ious[0], is_box
 
@@ -199,10 +202,13 @@ class PromptableTask(Task):
         with torch.no_grad():
             actual_iou = mask_iou(logits > 0, targets > 0.5).view(num_prompts, num_masks)
         weight = present.float() / present.float().sum().clamp(min=1)
-        terms["focal"].append(((focal[:, :1] + focal.gather(1, best))[:, 0] * weight).sum() / 2)
-        terms["dice"].append(((dice[:, :1] + dice.gather(1, best))[:, 0] * weight).sum() / 2)
+        share = torch.full_like(focal, OTHERS_SHARE).scatter(1, best, 1.0)
+        share[:, 0] = 1.0
+        share = share / share.sum(dim=1, keepdim=True) * weight[:, None]
+        terms["focal"].append((focal * share).sum())
+        terms["dice"].append((dice * share).sum())
         balanced = balanced_cross_entropy(logits, targets).view(num_prompts, num_masks)
-        terms["balanced"].append(((balanced[:, :1] + balanced.gather(1, best))[:, 0] * weight).sum() / 2)
+        terms["balanced"].append((balanced * share).sum())
         terms["iou_head"].append(((output.ious.float() - actual_iou).abs().mean(dim=1) * weight).sum())
         score = output.object_score_logits.float()[:, 0]
         terms["object"].append(nn.functional.binary_cross_entropy_with_logits(score, present.float()))
