@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
+from sam3_train.checkpoint import CheckpointManager
 from sam3_train.config import load_config, training_defaults
 from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler, sample_seed
 from sam3_train.distributed import RunContext, training_run
@@ -76,6 +77,13 @@ class ToyTask(Task):
 
 def toy_config(opts: Sequence[str] = ()) -> CfgNode:
     return load_config(training_defaults(), None, [*FAST, *opts])
+
+
+def newest(folder: Path) -> dict[str, Any]:
+    """What a run would continue from."""
+    loaded = CheckpointManager(folder).load_newest()
+    assert loaded is not None
+    return loaded[1]
 
 
 def toy_loaders(

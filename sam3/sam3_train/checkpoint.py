@@ -3,7 +3,7 @@
 A run's folder holds::
 
     ckpt_epoch_3.pth       after epoch 3 (zero-based) and its validation
-    ckpt_step_00001200.pth inside an epoch, after 1200 optimizer steps
+    ckpt_step_00001200.pth inside an epoch, after 1200 optimizer steps; ``_1`` follows the number if that exists
     best.pth               the epoch with the best validation metric (a hard link where the file system has them)
     last.json              pointer: the newest verified files with their SHA-256, newest first
 
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from sam3_train.errors import UserError
+from sam3_train.plain_state import plain_state
 from sam3_train.rng import load_rng_state_dict, rng_state_dict
 
 __all__ = [
@@ -46,7 +47,7 @@ __all__ = [
 POINTER_NAME = "last.json"
 BEST_NAME = "best.pth"
 
-_CHECKPOINT_NAME = re.compile(r"ckpt_(epoch|step)_\d+\.pth")
+_CHECKPOINT_NAME = re.compile(r"ckpt_(epoch_\d+|step_\d+(_\d+)?)\.pth")
 _RECORD_FIELDS = {"file": str, "sha256": str, "bytes": int, "epoch": int, "step": int}
 
 
@@ -65,7 +66,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> str:
         TypeError: If ``state`` holds anything else than plain types and tensors.
     """
     path = Path(path)
-    plain = _plain_state(state, "checkpoint")
+    plain = plain_state(state, "checkpoint")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(aside, "wb") as file:
@@ -192,12 +193,14 @@ class CheckpointManager:
         return self._records[0] if self._records else None
 
     def save_epoch(self, state: dict[str, Any], epoch: int, step: int, is_best: bool = False) -> Path:
-        """Write ``ckpt_epoch_<epoch>.pth`` (zero-based), point to it, and apply retention."""
+        """Write ``ckpt_epoch_<epoch>.pth`` (zero-based) after a whole epoch, point to it, and apply retention."""
         return self._save(f"ckpt_epoch_{epoch}.pth", state, epoch, step, is_best)
 
-    def save_step(self, state: dict[str, Any], epoch: int, step: int) -> Path:
-        """Write a checkpoint inside an epoch, point to it, and apply retention."""
-        return self._save(f"ckpt_step_{step:08d}.pth", state, epoch, step, False)
+    def save_step(self, state: dict[str, Any], epoch: int, step: int, is_best: bool = False) -> Path:
+        """Write a checkpoint inside an epoch under a name that no record has, point to it, and apply retention."""
+        stem, recorded = f"ckpt_step_{step:08d}", self.names()
+        names = (stem + suffix + ".pth" for suffix in ("", *(f"_{i}" for i in range(1, len(recorded) + 1))))
+        return self._save(next(name for name in names if name not in recorded), state, epoch, step, is_best)
 
     def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
         """`load_common` for this run alone."""
@@ -235,7 +238,8 @@ class CheckpointManager:
     def _save(self, name: str, state: dict[str, Any], epoch: int, step: int, is_best: bool) -> Path:
         path = self.folder / name
         self._clear_remains(name)
-        self._write_pointer(self._records, unrecorded=[name])
+        # A record of the same name ends before its file is replaced.
+        self._write_pointer([other for other in self._records if other["file"] != name], unrecorded=[name])
         sha256 = save_checkpoint(path, state)
         record = {"file": name, "sha256": sha256, "bytes": path.stat().st_size, "epoch": epoch, "step": step}
         record["best"] = is_best
@@ -352,26 +356,6 @@ class _HashingWriter:
 
     def flush(self) -> None:
         self._file.flush()
-
-
-def _plain_state(value: Any, where: str) -> Any:
-    """``value`` with tensors detached on the CPU; raises TypeError where it is not a plain type."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu().contiguous() if not isinstance(value, nn.Parameter) else value.data.cpu()
-    if isinstance(value, Mapping):
-        return {_plain_key(key, where): _plain_state(item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = (_plain_state(item, f"{where}[{i}]") for i, item in enumerate(value))
-        return list(items) if isinstance(value, list) else tuple(items)
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    raise TypeError(f"{where} is a {type(value).__name__}: a checkpoint holds plain types and tensors only")
-
-
-def _plain_key(key: Any, where: str) -> Any:
-    if type(key) in (str, int):
-        return key
-    raise TypeError(f"{where} has a key of type {type(key).__name__}: use str or int")
 
 
 def _checked_record(record: Any) -> dict[str, Any]:

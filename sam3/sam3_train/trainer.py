@@ -263,7 +263,8 @@ class Trainer:
             self.position.epoch, self.position.batches_done = epoch + 1, 0
         is_last = self.position.epoch >= self.cfg.TRAIN.EPOCHS or self._is_at_max_steps()
         if is_last or any(is_best) or (self.cfg.SAVE_FREQ and epoch % self.cfg.SAVE_FREQ == 0):
-            self._save_all(is_epoch=True, epoch=epoch, is_best=is_best)
+            # Students that share a pass must find each other's checkpoints: a name stands for one position alone.
+            self._save_all(is_epoch=is_whole, epoch=epoch, is_best=is_best)
 
     def stop_signal_on_any_rank(self) -> bool:
         """Whether any rank was asked to stop. Collective."""
@@ -338,7 +339,7 @@ class Trainer:
                 state["epoch"] = epoch
                 path = manager.save_epoch(state, epoch, position.step, is_best=bool(is_best and is_best[i]))
             else:
-                path = manager.save_step(state, position.epoch, position.step)
+                path = manager.save_step(state, position.epoch, position.step, is_best=bool(is_best and is_best[i]))
             self.logs[i].info(f"saved {path}")
 
     def close(self) -> None:

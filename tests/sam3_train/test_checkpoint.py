@@ -173,6 +173,23 @@ def test_a_checkpoint_that_the_pointer_does_not_name_is_replaced_not_trusted(tmp
     assert names(tmp_path) == ["ckpt_step_00000001.pth", "ckpt_step_00000003.pth", "last.json"]
 
 
+@pytest.mark.parametrize("call", [1, 2])
+@pytest.mark.parametrize("again", ["step", "epoch"])
+def test_a_kill_while_the_same_position_is_saved_again_leaves_a_checkpoint(tmp_path, monkeypatch, again, call):
+    """D-44, D-46: e.g. once by time and once at the end, within one step."""
+    manager = CheckpointManager(tmp_path)
+    if again == "epoch":
+        manager.save_step(state(1), 0, 1)
+    save = manager.save_step if again == "step" else manager.save_epoch
+    save(state(2), 0, 2)
+    kill_in(manager, monkeypatch, call)
+    with pytest.raises(KilledError):
+        save(state(3), 0, 2)
+    assert CheckpointManager(tmp_path).load_newest() is not None
+    CheckpointManager(tmp_path).save_step(state(4), 0, 4)
+    assert CheckpointManager(tmp_path).load_newest()[1]["epoch"] == 4
+
+
 def test_checkpoints_without_a_pointer_are_not_overwritten_by_a_new_run(tmp_path):
     """D-44: a lost last.json is an error, whatever the number of checkpoints."""
     CheckpointManager(tmp_path).save_epoch(state(), 0, 1)

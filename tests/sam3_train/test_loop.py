@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from toy_training import ToyData, ToyTask, toy_config, toy_loaders, train_toy, train_toys
+from toy_training import ToyData, ToyTask, newest, toy_config, toy_loaders, train_toy, train_toys
 
 from sam3_train.checkpoint import load_checkpoint
 from sam3_train.data.samplers import ResumableDistributedSampler
@@ -75,7 +75,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_does_not_advance_the_sche
     opts = [*ONE_EPOCH, "TRAIN.MAX_STEPS", "3", "TRAIN.EMA_DECAY", "0.9"]
     train_toy(tmp_path / "bad", opts, poison=poisoned)
     train_toy(tmp_path / "good", [*opts[:3], "2", *opts[4:]])
-    bad, good = (load_checkpoint(tmp_path / name / "ckpt_epoch_0.pth") for name in ("bad", "good"))
+    bad, good = (newest(tmp_path / name) for name in ("bad", "good"))
     assert bad["counters"] == {"updates": 2, "skipped": 1, "skipped_in_row": 1}
     for part in ("model", "ema"):
         for name in good[part]:
@@ -99,7 +99,7 @@ def test_an_infinite_loss_with_finite_gradients_is_skipped_too(tmp_path):
             return {**terms, "loss": terms["loss"] + (torch.inf if self.training else 0.0)}
 
     train_toy(tmp_path, ["TRAIN.MAX_STEPS", "2"], task=Infinite)
-    assert load_checkpoint(tmp_path / "ckpt_epoch_0.pth")["counters"]["updates"] == 0
+    assert newest(tmp_path)["counters"]["updates"] == 0
 
 
 def test_the_log_says_what_a_run_needs(tmp_path):

@@ -294,6 +294,28 @@ def test_several_students_resume_together_from_what_all_have(tmp_path, monkeypat
     assert [final(folder, 1) for folder in folders] == expected
 
 
+def test_students_that_max_steps_left_inside_an_epoch_never_mix_positions(tmp_path, monkeypatch):
+    """D-63, D-46: a crash between their saves at the end of that epoch leaves both a checkpoint of one position."""
+    folders = [tmp_path / "a", tmp_path / "b"]
+    train_toys(folders, [])
+    expected = [final(folder, 1) for folder in folders]
+    for folder in folders:
+        shutil.rmtree(folder)
+    train_toys(folders, ["TRAIN.MAX_STEPS", "5"])
+    original = Trainer._save_all
+
+    def crash_between(self, *args, **kwargs):
+        self.managers[1].save_epoch = None  # type: ignore[method-assign]
+        original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_save_all", crash_between)
+        with pytest.raises(TypeError):
+            train_toys(folders, [])
+    train_toys(folders, [])
+    assert [{**final(folder, 1), "best": ""} for folder in folders] == [{**one, "best": ""} for one in expected]
+
+
 def test_a_dry_run_checks_and_writes_no_checkpoint(tmp_path, capsys):
     """D-66"""
     result = train_toy(tmp_path, dry_run=True)

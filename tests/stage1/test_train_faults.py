@@ -39,7 +39,8 @@ def test_weights_are_loaded_from_a_local_file_with_a_report(world, finished, tmp
     cfg = world.config("pretrained", TRAIN__BASE_LR=0.0, TRAIN__MIN_LR=0.0, VAL__ENABLE=False)
     assert train(cfg, tmp_path, "--pretrained", str(finished / "best.pth"), "--max-steps", "1") == 0
     assert f"backbone weights from {finished / 'best.pth'}: " in capfd.readouterr().out
-    mine, theirs = (load_checkpoint(run / "ckpt_epoch_0.pth")["model"] for run in (tmp_path, finished))
+    files = tmp_path / "ckpt_step_00000001.pth", finished / "ckpt_epoch_0.pth"
+    mine, theirs = (load_checkpoint(path)["model"] for path in files)
     for key, value in student_from_published(theirs, "demo_cnn").items():
         is_weight = key.startswith("backbone.") and key.endswith(("weight", "bias"))
         assert not is_weight or torch.equal(student_from_published(mine, "demo_cnn")[key], value), key
