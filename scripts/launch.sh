@@ -11,8 +11,10 @@
 # NPROC                                     processes on this node, where that is not GPUS: NPROC=2 DEVICE=cpu runs gloo
 # DEVICE                                    cpu, cuda or mps; default follows GPUS
 # MASTER_PORT                               port of this machine for the ranks to meet; default a free one
-# NNODES NODE_RANK RDZV_BACKEND RDZV_ENDPOINT RDZV_ID
-#                                           several nodes: run the same command on each, with its own NODE_RANK
+# NNODES RDZV_ENDPOINT                      several nodes: the same command on each; host:port of one of them
+# NODE_RANK                                 0 .. NNODES-1, its own on each node, RDZV_ENDPOINT being on node 0; without
+#                                           it the nodes number themselves, and OUTPUT must be a folder that all share
+# RDZV_BACKEND RDZV_ID                      default static with NODE_RANK, c10d without (c10d ignores NODE_RANK)
 # PYTHON                                    the interpreter; default python
 #
 # Written for bash 3.2 and up, so that it runs on macOS too.
@@ -50,6 +52,15 @@ read_launch_words() {
 
 require_number() {
     [[ $2 =~ ^[0-9]+$ ]] || launch_error "$1=$2 must be a whole number"
+}
+
+# Whether a flag, alone or as --flag=value, is among SCRIPT_WORDS.
+has_flag() {
+    local word
+    for word in ${SCRIPT_WORDS[@]+"${SCRIPT_WORDS[@]}"}; do
+        case $word in "$1" | "$1="*) return 0 ;; esac
+    done
+    return 1
 }
 
 count_gpus() {
@@ -90,26 +101,40 @@ choose_threads() {
     [ $((cores / NPROC)) -gt 0 ] && echo $((cores / NPROC)) || echo 1
 }
 
+# Sets NODE_WORDS, by which the processes of all nodes find each other.
+choose_nodes() {
+    NNODES=${NNODES:-1}
+    require_number NNODES "$NNODES"
+    require_number NODE_RANK "${NODE_RANK:-0}"
+    [ -z "${MASTER_PORT:-}" ] || require_number MASTER_PORT "$MASTER_PORT"
+    if [ "$NNODES" -le 1 ]; then
+        NODE_WORDS=(--standalone)
+        [ -z "${MASTER_PORT:-}" ] || NODE_WORDS=(--master_port "$MASTER_PORT")
+        return
+    fi
+    [ "${NODE_RANK:-0}" -lt "$NNODES" ] || launch_error "NODE_RANK=$NODE_RANK must be below NNODES=$NNODES"
+    [ -n "${RDZV_ENDPOINT:-}" ] ||
+        launch_error "NNODES=$NNODES needs RDZV_ENDPOINT=host:port, the same on all nodes: where they meet (node 0)"
+    case $RDZV_ENDPOINT in *:*) ;; *) RDZV_ENDPOINT=$RDZV_ENDPOINT:${MASTER_PORT:-29500} ;; esac
+    RDZV_BACKEND=${RDZV_BACKEND:-${NODE_RANK:+static}}
+    RDZV_BACKEND=${RDZV_BACKEND:-c10d}
+    NODE_WORDS=(--nnodes "$NNODES" --rdzv_backend "$RDZV_BACKEND" --rdzv_endpoint "$RDZV_ENDPOINT")
+    NODE_WORDS+=(--rdzv_id "${RDZV_ID:-efficientsam3}")
+    if [ "$RDZV_BACKEND" = static ]; then
+        [ -n "${NODE_RANK:-}" ] || launch_error "RDZV_BACKEND=static needs NODE_RANK, another one on each node"
+        NODE_WORDS+=(--node_rank "$NODE_RANK")
+    elif [ -n "${NODE_RANK:-}" ]; then
+        echo "note: RDZV_BACKEND=$RDZV_BACKEND numbers the nodes itself: NODE_RANK=$NODE_RANK has no effect" >&2
+    fi
+}
+
 launch() {
     local script=$1 torchrun_words flag_words
     shift
     read_launch_words ${1+"$@"}
     choose_processes
-    NNODES=${NNODES:-1} NODE_RANK=${NODE_RANK:-0}
-    require_number NNODES "$NNODES"
-    require_number NODE_RANK "$NODE_RANK"
-    torchrun_words=(--nproc_per_node "$NPROC")
-    if [ "$NNODES" -gt 1 ]; then
-        [ "$NODE_RANK" -lt "$NNODES" ] || launch_error "NODE_RANK=$NODE_RANK must be below NNODES=$NNODES"
-        torchrun_words+=(--nnodes "$NNODES" --node_rank "$NODE_RANK" --rdzv_backend "${RDZV_BACKEND:-c10d}")
-        torchrun_words+=(--rdzv_endpoint "${RDZV_ENDPOINT:-localhost:${MASTER_PORT:-29501}}")
-        torchrun_words+=(--rdzv_id "${RDZV_ID:-efficientsam3}")
-    elif [ -n "${MASTER_PORT:-}" ]; then
-        require_number MASTER_PORT "$MASTER_PORT"
-        torchrun_words+=(--master_port "$MASTER_PORT")
-    else
-        torchrun_words+=(--standalone)
-    fi
+    choose_nodes
+    torchrun_words=(--nproc_per_node "$NPROC" "${NODE_WORDS[@]}")
     flag_words=()
     [ -z "${DEVICE:-}" ] || flag_words+=(--device "$DEVICE")
     [ -z "${CFG:-}" ] || flag_words+=(--cfg "$CFG")

@@ -341,13 +341,27 @@ sys.exit(run_cli(body, sys.argv[1:]))
 
 
 @pytest.mark.parametrize("victim", [0])  # rank 0 is the harder case: the watch and the store are its own
-def test_a_process_killed_on_one_node_ends_the_other_node(tmp_path, victim):
+@pytest.mark.parametrize("backend", ["c10d", "static"])  # without and with NODE_RANK
+def test_a_process_killed_on_one_node_ends_the_other_node(tmp_path, victim, backend):
     """Two agents on loopback, as with NNODES=2; the survivor says what happened and ends within 60 s."""
     (tmp_path / "script.py").write_text(NODE_SCRIPT)
-    words = [sys.executable, "-m", "sam3_train.torchrun", "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend"]
-    words += ["c10d", "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "test", "--local_addr", "127.0.0.1"]
-    words += [str(tmp_path / "script.py"), str(victim)]
-    nodes = [subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    words = [sys.executable, "-m", "sam3_train.torchrun", "--nnodes", "2", "--nproc_per_node", "1"]
+    words += ["--rdzv_backend", backend, "--rdzv_endpoint", f"127.0.0.1:{free_port()}", "--rdzv_id", "test"]
+    words += ["--local_addr", "127.0.0.1"]
+    nodes = [
+        subprocess.Popen(
+            [
+                *words,
+                *(["--node_rank", str(rank)] if backend == "static" else []),
+                str(tmp_path / "script.py"),
+                str(victim),
+            ],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
     assert [node.stdout.readline() for node in nodes if node.stdout] == ["ready\n", "ready\n"]
     start = time.monotonic()
     texts = [node.communicate(timeout=100)[1] for node in nodes]

@@ -301,7 +301,7 @@ def test_two_agents_on_one_machine_share_an_export_exactly(command, tmp_path):
     """D-28 and D-31: two torchrun agents, gloo on the CPU; each image once, and the same values as one process."""
     assert main(command(name="one")) == 0
     env = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    words = ["NNODES=2", "NPROC=1", "GPUS=0", f"MASTER_PORT={29_600 + os.getpid() % 300}"]
+    words = ["NNODES=2", "NPROC=1", "GPUS=0", f"RDZV_ENDPOINT=localhost:{29_600 + os.getpid() % 300}"]
     launch = ["bash", "stage1/scripts/save_stage1_embeddings.sh", *words]
     flags = command(name="two")
     agents = [

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,7 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "stage1/scripts/save_stage1_embeddings.sh"
-KEYS = ("CFG", "DATA_PATH", "OUTPUT", "BATCH_SIZE", "GPUS", "NPROC", "DEVICE", "MASTER_PORT", "NNODES", "NODE_RANK")
+TRAIN = "stage1/scripts/train_stage1_student.sh"
+KEYS = (
+    *("CFG", "DATA_PATH", "OUTPUT", "BATCH_SIZE", "GPUS", "NPROC", "DEVICE", "MASTER_PORT", "NNODES", "NODE_RANK"),
+    *("RDZV_BACKEND", "RDZV_ENDPOINT", "RDZV_ID", "TEACHER_EMBED_PATH"),
+)
 
 
 @pytest.fixture
@@ -21,9 +27,9 @@ def launch(tmp_path):
     fake.chmod(0o755)
     clean = {name: value for name, value in os.environ.items() if name not in KEYS}
 
-    def run(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, script: str = LAUNCHER, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", LAUNCHER, *words],
+            ["bash", script, *words],
             cwd=ROOT,
             env={**clean, "CUDA_VISIBLE_DEVICES": "", "PYTHON": str(fake), **env},
             capture_output=True,
@@ -43,9 +49,7 @@ def test_a_bare_call_starts_one_process_with_the_teacher_config(launch):
 
 
 def test_words_and_environment_set_flags_and_the_rest_goes_through(launch):
-    done = launch(
-        "DATA_PATH=a b", "--check-saved-embed", "4", "BATCH_SIZE=2", "--", "A=b", OUTPUT="o", BATCH_SIZE="9"
-    )
+    done = launch("DATA_PATH=a b", "--check-saved-embed", "4", "BATCH_SIZE=2", "--", "A=b", OUTPUT="o", BATCH_SIZE="9")
     words = done.stdout.splitlines()
     script = next(i for i, word in enumerate(words) if word.endswith("save_embedding_stage1.py"))
     assert words[script + 3 :] == [
@@ -74,11 +78,83 @@ def test_visible_gpus_are_counted(launch):
     assert words[words.index("--nproc_per_node") + 1] == "3"
 
 
-def test_several_nodes_meet_at_the_rendezvous(launch):
+def flags_of(words: list[str], flag: str) -> list[str]:
+    return [value for name, value in itertools.pairwise(words) if name == flag]
+
+
+def test_a_node_rank_is_kept_by_a_static_rendezvous(launch):
+    """With c10d torch numbers the nodes by their addresses and a given rank would mean nothing."""
     words = launch("NNODES=2", "NODE_RANK=1", "RDZV_ENDPOINT=host:29501", "GPUS=0").stdout.splitlines()
-    for flag, value in (("--nnodes", "2"), ("--node_rank", "1"), ("--rdzv_endpoint", "host:29501")):
-        assert words[words.index(flag) + 1] == value
+    given = {"--nnodes": "2", "--node_rank": "1", "--rdzv_endpoint": "host:29501", "--rdzv_backend": "static"}
+    for flag, value in given.items():
+        assert flags_of(words, flag) == [value]
     assert "--standalone" not in words
+
+
+def test_nodes_without_a_rank_number_themselves(launch):
+    words = launch("NNODES=2", "RDZV_ENDPOINT=host", "MASTER_PORT=29502", "GPUS=0").stdout.splitlines()
+    assert flags_of(words, "--rdzv_backend") == ["c10d"]
+    assert flags_of(words, "--rdzv_endpoint") == ["host:29502"]
+    assert "--node_rank" not in words
+
+
+def test_a_node_rank_that_has_no_effect_is_told(launch):
+    done = launch("NNODES=2", "NODE_RANK=1", "RDZV_BACKEND=c10d", "RDZV_ENDPOINT=host:1", "GPUS=0")
+    assert flags_of(done.stdout.splitlines(), "--rdzv_backend") == ["c10d"]
+    assert "--node_rank" not in done.stdout
+    assert done.stderr == "note: RDZV_BACKEND=c10d numbers the nodes itself: NODE_RANK=1 has no effect\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "configs"),
+    [
+        ([], ["stage1/configs/es_rv_m.yaml"]),
+        (["CFG=my own.yaml"], ["my own.yaml"]),
+        (["CFG=a.yaml,b c.yaml"], ["a.yaml", "b c.yaml"]),
+        (["--cfg", "a.yaml"], ["a.yaml"]),
+        (["--seed", "1", "--", "--cfg=a.yaml"], ["a.yaml"]),
+        (["CFG=a.yaml", "--cfg", "b.yaml"], ["a.yaml", "b.yaml"]),
+    ],
+)
+def test_training_gets_the_configs_that_were_asked_for_and_no_other(launch, words, configs):
+    done = launch(*words, script=TRAIN)
+    assert done.returncode == 0, done.stderr
+    given = [word.removeprefix("--cfg=") for word in done.stdout.splitlines()]
+    given = [value for flag, value in zip(["", *given], given, strict=False) if flag == "--cfg" or value == "a.yaml"]
+    assert [value.removeprefix(f"{ROOT}/") for value in given] == configs
+
+
+def test_training_gets_its_keys_and_the_words_of_the_user(launch):
+    done = launch("TEACHER_EMBED_PATH=some store", "--opts", "TRAIN.EPOCHS", "1", "GPUS=0", script=TRAIN, CFG="a.yaml")
+    words = done.stdout.splitlines()
+    script = next(i for i, word in enumerate(words) if word.endswith("stage1/train_stage1.py"))
+    assert words[script + 1 :] == [
+        *("--device", "cpu", "--cfg", "a.yaml", "--teacher-embed-path", "some store"),
+        *("--opts", "TRAIN.EPOCHS", "1"),
+    ]
+
+
+def unguarded_arrays(text: str) -> list[str]:
+    """Arrays that may be empty and are expanded as they are: an unbound variable for bash before 4.4 under set -u."""
+    code = re.sub(r"^\s*#.*$", "", text, flags=re.M)
+    bare = re.sub(r"\$\{(\w+)\[@\]\+\"\$\{\1\[@\]\}\"\}", "", code)
+    used = set(re.findall(r"\$\{(\w+)\[[@*]\]\}", bare))
+    return sorted(
+        name
+        for name in used
+        if not re.search(rf"\b{name}=\([^)]", code) or re.search(rf"\b{name}=\(\)|-a {name}\b", code)
+    )
+
+
+def test_no_array_that_may_be_empty_is_expanded_unguarded():
+    """D-69: macOS has bash 3.2."""
+    assert unguarded_arrays('x=()\nrun "${x[@]}"') == ["x"]
+    assert unguarded_arrays('read -r -a x\nrun "${x[@]}"') == ["x"]
+    assert not unguarded_arrays('x=()\nrun ${x[@]+"${x[@]}"}\ny=(a)\nrun "${y[@]}"')
+    scripts = [*(ROOT / "scripts").glob("*.sh"), *(ROOT / "stage1/scripts").glob("*.sh"), ROOT / ".ci/run"]
+    assert len(scripts) >= 5
+    for path in scripts:
+        assert not unguarded_arrays(path.read_text()), path
 
 
 @pytest.mark.parametrize(
@@ -88,6 +164,8 @@ def test_several_nodes_meet_at_the_rendezvous(launch):
         (["GPUS=x"], "GPUS=x must be a whole number"),
         (["GPUS=0", "DEVICE=cuda"], "no GPU to run on"),
         (["NNODES=2", "NODE_RANK=2"], "NODE_RANK=2 must be below NNODES=2"),
+        (["NNODES=2", "NODE_RANK=0"], "NNODES=2 needs RDZV_ENDPOINT=host:port, the same on all nodes"),
+        (["NNODES=2", "RDZV_BACKEND=static", "RDZV_ENDPOINT=a:1"], "RDZV_BACKEND=static needs NODE_RANK"),
         (["NPROC=0"], "NPROC=0 must be at least 1"),
         (["PYTHON=no-such-python"], "no-such-python cannot import this project"),
     ],
