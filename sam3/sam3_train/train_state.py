@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -152,13 +152,22 @@ def load_state(learner: Learner, state: dict[str, Any], where: Path) -> None:
     learner.counters = Counters(**state["counters"])
 
 
-def resume_problems(learner: Learner, state: dict[str, Any], layout: BatchLayout, num_samples: int) -> list[str]:
-    """Why this run must not continue from a checkpoint; empty if it may."""
+def resume_problems(
+    identity: dict[str, Any], state: dict[str, Any], layout: BatchLayout, order: Mapping[str, Any]
+) -> list[str]:
+    """Why a run must not continue from a checkpoint; empty if it may.
+
+    Args:
+        identity: The run's, see `sam3_train.learner.Member`.
+        state: The checkpoint.
+        layout: The run's batches.
+        order: What decides the run's data order: ``num_samples``, ``seed``, ``shuffle``.
+    """
     if state.get("format_version") != FORMAT_VERSION or "position" not in state:
         return ["it is not a training checkpoint of this format (only weights? then use --pretrained)"]
     problems = [
         f"{name} is {now!r} now and was {then!r}"
-        for name, (now, then) in config_changes(learner.member.identity, state["identity"]).items()
+        for name, (now, then) in config_changes(identity, state["identity"]).items()
     ]
     stored = BatchLayout(**state["batch"])
     if stored.global_batch_size != layout.global_batch_size:
@@ -168,8 +177,15 @@ def resume_problems(learner: Learner, state: dict[str, Any], layout: BatchLayout
         )
     elif state["position"]["batches_done"] % max(1, stored.accumulation_steps) and stored != layout:
         problems.append("it lies inside the last, partial step of an epoch; resume with the old batch layout")
-    if state["sampler"].get("num_samples", num_samples) != num_samples:
-        problems.append(f"the training set has {num_samples} images now and had {state['sampler']['num_samples']}")
+    stored_order = {**order, **state["sampler"]}
+    if stored_order["num_samples"] != order["num_samples"]:
+        problems.append(f"the training set has {order['num_samples']} images now and had {stored_order['num_samples']}")
+    for name, setting in (("seed", "SEED"), ("shuffle", "shuffling")):
+        if stored_order[name] != order[name]:
+            problems.append(
+                f"{setting} is {order[name]} now and was {stored_order[name]}: some images of the epoch would come "
+                "twice and others never"
+            )
     return problems
 
 
@@ -198,9 +214,11 @@ def resume_notes(learner: Learner, state: dict[str, Any], layout: BatchLayout) -
 _SILENT = {"MODEL.RESUME", "OUTPUT"}
 
 
-def check_resumable(learner: Learner, state: dict[str, Any], layout: BatchLayout, num_samples: int, path: Path) -> None:
-    """Raise a UserError that lists all reasons against continuing from a checkpoint."""
-    problems = resume_problems(learner, state, layout, num_samples)
+def check_resumable(
+    identity: dict[str, Any], state: dict[str, Any], layout: BatchLayout, order: Mapping[str, Any], path: Path
+) -> None:
+    """Raise a UserError that lists all `resume_problems`."""
+    problems = resume_problems(identity, state, layout, order)
     if problems:
         raise UserError.from_problems(
             f"cannot continue from {path} (choose another --output for a new run, or restore the settings)", problems

@@ -99,7 +99,7 @@ class Trainer:
         for i, learner in enumerate(self.learners):
             if loaded is not None:
                 path, state = loaded[i]
-                check_resumable(learner, state, self.layout, self.sampler.num_samples, path)
+                check_resumable(learner.member.identity, state, self.layout, self.sampler.state_dict(), path)
                 load_state(learner, state, path)
                 self.position = resumed_position(state, self.layout, self.num_batches)
                 self.bests[i] = Best(**state["best"])

@@ -15,6 +15,7 @@ import torch
 from toy_training import Group, ToyTask, run_group, toy_config, train_toy, train_toys
 
 from sam3_train.checkpoint import load_checkpoint, state_dict_sha256
+from sam3_train.data.samplers import ResumableDistributedSampler as Sampler
 from sam3_train.errors import Interrupted, UserError
 from sam3_train.log import read_metrics
 from sam3_train.trainer import Trainer
@@ -202,6 +203,14 @@ def test_another_number_of_images_is_refused(tmp_path):
     train_toy(tmp_path, ["TRAIN.EPOCHS", "1"])
     with pytest.raises(UserError, match=r"52 images now and had 48"):
         train_toy(tmp_path, num_images=52)
+
+
+def test_another_seed_is_refused(tmp_path, monkeypatch):
+    """D-47, D-60: the rest of an epoch in another order would repeat images and leave others out."""
+    train_toy(tmp_path, ["TRAIN.MAX_STEPS", "5"])
+    monkeypatch.setattr("toy_training.ResumableDistributedSampler", lambda n, seed, *ranks: Sampler(n, 3, *ranks))
+    with pytest.raises(UserError, match=r"SEED is 3 now and was 0.*twice"):
+        train_toy(tmp_path)
 
 
 def test_a_changed_learning_rate_and_length_take_effect_and_are_said(tmp_path, capsys):
