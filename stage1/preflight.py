@@ -107,8 +107,14 @@ def _checked_model(cfg: CfgNode) -> Sam3Config:
     return model_config(cfg)
 
 
-def check_settings(cfg: CfgNode, problems: list[str]) -> None:
-    """Ranges and choices of this stage's own settings; those of the loop are the loop's to check."""
+def check_settings(cfg: CfgNode, problems: list[str], is_main: bool = True) -> None:
+    """Ranges and choices of this stage's own settings; those of the loop are the loop's to check.
+
+    Args:
+        cfg: The settings.
+        problems: Receives what is wrong.
+        is_main: Whether this is the main process: it alone reads a checkpoint to continue from.
+    """
     if cfg.DISTILL.NORMALIZE not in NORMALIZATIONS:
         problems.append(f"DISTILL.NORMALIZE {cfg.DISTILL.NORMALIZE!r} is not one of {', '.join(NORMALIZATIONS)}")
     for key, value, is_fine in (
@@ -131,7 +137,7 @@ def check_settings(cfg: CfgNode, problems: list[str]) -> None:
         )
     if reads_teacher and cfg.MODEL.SAM3_CHECKPOINT and not Path(cfg.MODEL.SAM3_CHECKPOINT).is_file():
         problems.append(f"MODEL.SAM3_CHECKPOINT: there is no file {cfg.MODEL.SAM3_CHECKPOINT}")
-    if cfg.MODEL.RESUME and not Path(cfg.MODEL.RESUME).is_file():
+    if is_main and cfg.MODEL.RESUME and not Path(cfg.MODEL.RESUME).is_file():
         problems.append(f"MODEL.RESUME: there is no checkpoint {cfg.MODEL.RESUME}")
 
 

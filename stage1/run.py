@@ -6,18 +6,19 @@ import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from yacs.config import CfgNode
 
 from sam3.config import Sam3Config
 from sam3.model.student_encoder import build_student
-from sam3_train.checkpoint import CheckpointManager, load_checkpoint
-from sam3_train.config import apply_flags, config_changes, load_config, set_key, write_run_record
+from sam3_train.checkpoint import CheckpointManager, load_checkpoint, load_common
+from sam3_train.config import apply_flags, load_config, set_key, write_run_record
 from sam3_train.distributed import RunContext
-from sam3_train.errors import UserError
 from sam3_train.loop import fit_many
 from sam3_train.schedule import Schedule, build_schedule, lr_warning
+from sam3_train.train_state import BatchLayout, resume_problems
 from stage1.config import get_defaults
 from stage1.preflight import (
     TrainingData,
@@ -130,13 +131,13 @@ def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:
     if len(cfgs) > 1 and args.resume:
         problems.append("--resume names one checkpoint, but several students train; each resumes from its own folder")
     models = check_students(cfgs, problems)
-    check_settings(cfgs[0], problems)
+    check_settings(cfgs[0], problems, run.is_main)
     data = check_data(cfgs[0], run.world_size, problems)
     if data is None or len(models) < len(cfgs):
         require_no_problems(problems)
         raise AssertionError("the preflight found no data and no problem")
-    for cfg, model, output in zip(cfgs, models, outputs, strict=True):
-        attempt(problems, lambda c=cfg, m=model, o=output: check_resume(c, m, data, o))  # type: ignore[misc]
+    if run.is_main and not (len(cfgs) > 1 and args.resume):  # rank 0 alone reads checkpoints, the others may lack them
+        problems += attempt(problems, lambda: check_resume(cfgs, models, data, outputs, run.world_size)) or []
     plan = attempt(problems, lambda: build_plan(cfgs, models, outputs, data, run))
     if plan is not None:
         check_disk(outputs[0], plan.disk_bytes, "the checkpoints", problems)
@@ -145,25 +146,40 @@ def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:
     return PreparedRun(cfgs, outputs, data, plan)
 
 
-def check_resume(cfg: CfgNode, model: Sam3Config, data: TrainingData, output: Path) -> None:
-    """Compare the checkpoint that a run would continue from with its settings (D-43, D-47).
+def check_resume(
+    cfgs: list[CfgNode], models: list[Sam3Config], data: TrainingData, outputs: list[Path], world_size: int
+) -> list[str]:
+    """Compare the checkpoints that a run would continue from with its settings (D-43, D-44, D-47).
+
+    A damaged newest checkpoint is passed over here as it is in the run.
+
+    Returns:
+        What speaks against continuing; empty if nothing does, or the run is a new one.
 
     Raises:
-        UserError: If it belongs to another student, preprocessing, teacher or set of images.
+        UserError: If there is a run that cannot be continued.
     """
-    path = Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
-    if path is None and cfg.TRAIN.AUTO_RESUME and (output / "last.json").exists():
-        newest = CheckpointManager(output).newest
-        path = output / newest["file"] if newest else None
-    if path is None or not path.exists():
-        return
-    stored = load_checkpoint(path).get("identity", {})
-    # An online teacher is not loaded yet; the loop compares it when it is.
-    teacher = stored.get("teacher", {}) if data.store is None else data.store.spec.teacher
-    changes = config_changes(run_identity(model, data.preprocess, data.train, teacher), stored)
-    if changes:
-        listed = "; ".join(f"{name} is {now!r} now and was {then!r}" for name, (now, then) in changes.items())
-        raise UserError(f"{path} belongs to another run ({listed}): choose another --output, or restore the settings")
+    cfg = cfgs[0]
+    found: list[tuple[Path, dict[str, Any]]] = []
+    if cfg.MODEL.RESUME:
+        found = [(Path(cfg.MODEL.RESUME), load_checkpoint(cfg.MODEL.RESUME))]
+    elif all(output.is_dir() for output in outputs):
+        managers = [CheckpointManager(output, warn=lambda line: None) for output in outputs]
+        found = load_common(managers) or []
+    problems = []
+    for (path, state), cfg, model in zip(found, cfgs, models, strict=False):
+        # An online teacher is not loaded yet; the loop compares it when it is.
+        online = state.get("identity", {}).get("teacher", {})
+        identity = run_identity(
+            model, data.preprocess, data.train, online if data.store is None else data.store.spec.teacher
+        )
+        layout = BatchLayout(cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS, world_size)
+        order = {"num_samples": len(data.train), "seed": cfg.SEED, "shuffle": True}
+        listed = resume_problems(identity, state, layout, order)
+        if not cfg.TRAIN.AUTO_RESUME and not cfg.MODEL.RESUME:
+            listed = ["TRAIN.AUTO_RESUME is off"]
+        problems += [f"{path} belongs to another run: {problem}" for problem in listed]
+    return [f"{problem} (choose another --output, or restore the settings)" for problem in problems]
 
 
 def build_plan(

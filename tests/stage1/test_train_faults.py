@@ -10,7 +10,7 @@ import torch
 from stage1_world import Stage1World
 
 from sam3.checkpoint_keys import student_from_published
-from sam3_train.checkpoint import load_checkpoint
+from sam3_train.checkpoint import CheckpointManager, load_checkpoint
 from sam3_train.log import read_metrics
 from stage1.train_stage1 import main
 
@@ -65,6 +65,36 @@ def test_missing_imagenet_weights_are_an_error_and_never_random_ones(world, tmp_
     assert "timm could not get the weights of efficientvit_b0" in stderr
     assert "pass its path" in one_line(stderr)
     assert not list(tmp_path.glob("run/*.pth"))
+
+
+def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(world, tmp_path, capfd):
+    """D-44: the preflight must not refuse what the loop can repair."""
+    cfg = world.config("truncated", TRAIN__EPOCHS=2)
+    assert train(cfg, tmp_path, "--max-steps", "4") == 0
+    newest = CheckpointManager(tmp_path).names()[0]
+    assert newest == "ckpt_step_00000004.pth"
+    (tmp_path / newest).write_bytes((tmp_path / newest).read_bytes()[:1000])
+    capfd.readouterr()
+    assert train(cfg, tmp_path, "--dry-run") == 0
+    assert train(cfg, tmp_path) == 0
+    captured = capfd.readouterr()
+    assert f"{newest}: has 1000 bytes" in captured.out and "ckpt_epoch_0.pth: epoch 1, step 3" in captured.out
+    assert load_checkpoint(tmp_path / "ckpt_epoch_1.pth")["step"] == 6
+
+
+def test_a_dry_run_names_everything_that_forbids_to_continue(world, finished, tmp_path, capfd):
+    """D-47, D-66: batch, seed and settings are compared before anything is loaded or written."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    words = ["--batch-size", "2", "--seed", "7"]
+    for more in ([], ["--dry-run"]):
+        assert train(world.config("faults", TRAIN__EPOCHS=2), run, *words, *more) == 2
+        stderr = capfd.readouterr().err
+        assert "the global batch is 2" in stderr and "SEED is 7 now and was 0" in stderr
+    assert train(world.config("faults"), run, "--dry-run", "--opts", "TRAIN.AUTO_RESUME", "False") == 2
+    assert "TRAIN.AUTO_RESUME is off" in one_line(capfd.readouterr().err)
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
 
 
 def test_weights_of_another_backbone_are_refused(world, finished, tmp_path, capfd):
