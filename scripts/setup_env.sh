@@ -77,16 +77,31 @@ write_constraints() {
         return
     fi
     "$VENV/bin/python" - "$REPO_ROOT/constraints.txt" <<'PY'
-import importlib.metadata, pathlib, sys
+import importlib.metadata, pathlib, re, sys
+
+def held_version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+def partner(name):
+    """The release that goes with a held torch or torchvision, which are a pair: 2.m and 0.(m + 15)."""
+    other, shift, major = {"torch": ("torchvision", -15, 2), "torchvision": ("torch", 15, 0)}[name]
+    minor = re.match(r"\d+\.(\d+)", held_version(other) or "")
+    return minor and f"{name}=={major}.{int(minor[1]) + shift}.*"
+
+done = set()
 for line in pathlib.Path(sys.argv[1]).read_text().splitlines():
     name = line.split("==")[0].strip()
-    try:
-        held = importlib.metadata.version(name) if name and not name.startswith("#") else None
-    except importlib.metadata.PackageNotFoundError:
-        print(line)
+    if not name or name.startswith("#"):
         continue
-    if held:
+    held = held_version(name)
+    if held is None:
+        print(name in ("torch", "torchvision") and partner(name) or line)
+    elif name not in done:
         print(f"{name}=={held}")
+    done.add(name)
 PY
 }
 
@@ -122,7 +137,9 @@ setup_env() {
     VENV_STATE=$VENV/efficientsam3-state
     mkdir -p "$(dirname "$VENV")" || die "cannot write to $(dirname "$VENV"): name another place with EFFICIENTSAM3_VENV"
     if command -v flock >/dev/null; then # two runs at once must not install into one environment
-        exec 9>"$VENV.lock"
+        (exec 9>>"$VENV.lock") 2>/dev/null ||
+            die "cannot write $VENV.lock: name another place with EFFICIENTSAM3_VENV"
+        exec 9>>"$VENV.lock"
         flock 9
     fi
     if [ -e "$VENV_STATE/made-here" ] && { [ -e "$VENV_STATE/unfinished" ] || ! "$VENV/bin/python" -c '' 2>/dev/null; }; then

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,47 @@ def test_an_environment_that_others_made_is_used_and_what_it_holds_stays(clone, 
     (named / "keep.txt").touch()
     clone.setup("dev", EFFICIENTSAM3_VENV=str(named))
     assert (named / "keep.txt").exists()
+
+
+def add_distribution(site: Path, name: str, version: str) -> None:
+    record = site / f"{name}-{version}.dist-info" / "METADATA"
+    record.parent.mkdir(parents=True)
+    record.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(
+    ("held", "expected"),
+    [
+        ({"torch": "2.9.1+cu128"}, {"torch": "2.9.1+cu128", "torchvision": "0.24.*"}),
+        ({"torchvision": "0.25.0"}, {"torch": "2.10.*", "torchvision": "0.25.0"}),
+        ({"torch": "2.8.0", "torchvision": "0.23.0"}, {"torch": "2.8.0", "torchvision": "0.23.0"}),
+        ({"transformers": "5.1.0"}, {"transformers": "5.1.0"}),
+    ],
+)
+def test_what_is_missing_beside_a_held_torch_is_its_own_pair(clone, tmp_path, held, expected):
+    """torchvision is compiled against one torch: our pin of it would contradict the torch that stays."""
+    named, site = tmp_path / "named", tmp_path / "site"
+    (named / "bin").mkdir(parents=True)
+    # -S hides what the real interpreter holds: this environment holds what the test says.
+    (named / "bin" / "python").write_text(FAKE_PYTHON.replace('exec "$REAL_PYTHON"', 'exec "$REAL_PYTHON" -S'))
+    (named / "bin" / "python").chmod(0o755)
+    for name, version in held.items():
+        add_distribution(site, name, version)
+    done = clone.setup("dev", EFFICIENTSAM3_VENV=str(named), PYTHONPATH=str(site))
+    assert done.returncode == 0, done.stderr
+    lines = (named / "efficientsam3-state" / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==", 1) for line in lines]
+    for name, version in expected.items():
+        assert [pin for wanted, pin in pins if wanted == name] == [version]
+    assert any(name == "pytest-xdist" for name, _ in pins), "what is missing is pinned as ever"
+
+
+@pytest.mark.skipif(shutil.which("flock") is None, reason="there is no lock without flock")
+def test_a_lock_that_cannot_be_written_is_one_clear_line(clone, tmp_path):
+    (tmp_path / "env.lock").mkdir()
+    done = clone.setup("dev", EFFICIENTSAM3_VENV=str(tmp_path / "env"))
+    assert done.returncode == 2
+    assert done.stderr == f"error: cannot write {tmp_path}/env.lock: name another place with EFFICIENTSAM3_VENV\n"
 
 
 def test_an_environment_kept_outside_the_clone_is_pointed_at_the_new_clone(clone, tmp_path):
