@@ -16,6 +16,7 @@ from sam3.hub import download_ckpt_from_hf
 from sam3.model.student_encoder import StudentEncoder, build_student
 from sam3.model.student_init import init_backbone_from
 from sam3.preprocess import Preprocess
+from sam3_train.checkpoint import CheckpointManager
 from sam3_train.data.bad_images import BAD_IMAGES_FILE, BadImageLog, bad_image_limit
 from sam3_train.data.image_index import ImageIndex, require_same_on_all_ranks
 from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler
@@ -158,10 +159,12 @@ def build_members(
             cfg.MODEL.SAM3_CHECKPOINT or download_ckpt_from_hf(), teacher_config(cfg), run.device, cfg.VAL.MASK_PROMPTS
         )
     members = []
-    for student_cfg, output in zip(cfgs, outputs, strict=True):
+    # Only rank 0's machine may have the folders, and what follows has barriers: all ranks must agree.
+    runs = list(zip(cfgs, outputs, strict=True)) if run.is_main else []
+    resumed = broadcast_object([_has_checkpoint(*of_student) for of_student in runs])
+    for student_cfg, output, is_resumed in zip(cfgs, outputs, resumed, strict=True):
         model = model_config(student_cfg)
-        resumes = bool(student_cfg.MODEL.RESUME) or (student_cfg.TRAIN.AUTO_RESUME and (output / "last.json").exists())
-        student = build_initial_student(student_cfg, model, run, log, is_resumed=resumes)
+        student = build_initial_student(student_cfg, model, run, log, is_resumed)
         task = Stage1Task(
             student,
             error_scale(source.variance_c, cfg.DISTILL.NORMALIZE),
@@ -173,6 +176,13 @@ def build_members(
         resume = Path(student_cfg.MODEL.RESUME) if student_cfg.MODEL.RESUME else None
         members.append(Member(task, student_cfg, output, identity, resume))
     return members
+
+
+def _has_checkpoint(cfg: CfgNode, output: Path) -> bool:
+    if cfg.MODEL.RESUME:
+        return True
+    # After a crash in the first save there is a pointer that names no checkpoint.
+    return bool(cfg.TRAIN.AUTO_RESUME and output.is_dir() and CheckpointManager(output).newest is not None)
 
 
 def build_initial_student(

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from toy_training import run_group
 
 from sam3_train.checkpoint import load_checkpoint
 from sam3_train.config import load_config
 from sam3_train.distributed import RunContext
 from sam3_train.log import read_metrics
 from stage1.config import get_defaults, model_config
+from stage1.train_stage1 import _train as train_in_process
 from stage1.train_stage1 import main
 from stage1.training import build_initial_student
 
@@ -45,6 +47,24 @@ def initial_weights(cfg_file: Path) -> dict[str, torch.Tensor]:
     student = build_initial_student(cfg, model_config(cfg), RunContext(torch.device("cpu")), print)
     trained = {name for name, _ in student.named_parameters()}
     return {name: value for name, value in student.state_dict().items() if name in trained}
+
+
+def train_on_own_disk(cfg: Path, root: Path, *words: str) -> None:
+    output = root / f"node{os.environ['RANK']}"
+    train_in_process(["--cfg", str(cfg), "--output", str(output), "--device", "cpu", *words])
+
+
+def test_nodes_that_do_not_share_the_run_folder_resume_together(world, tmp_path):
+    """D-51, D-47: rank 0 alone has checkpoints; which weights are read first is then decided for all ranks."""
+    start = world.config("start", VAL__ENABLE=False)
+    assert main(["--cfg", str(start), "--output", str(tmp_path), "--device", "cpu", "--max-steps", "1"]) == 0
+    weights = tmp_path / "ckpt_step_00000001.pth"
+    cfg = world.config("apart", MODEL__PRETRAINED=weights, DATA__BATCH_SIZE=2, VAL__ENABLE=False)
+    for words in (["--max-steps", "1"], []):
+        ended = run_group(train_on_own_disk, 2, tmp_path, cfg, tmp_path, *words)
+        assert ended.codes == [0, 0], ended.text
+    assert load_checkpoint(tmp_path / "node0" / "ckpt_epoch_0.pth")["step"] == 3
+    assert not list(tmp_path.glob("node1/*.pth"))
 
 
 def test_two_nodes_train_like_one_process_at_the_same_global_batch(world, tmp_path):
