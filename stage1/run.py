@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from sam3_train.checkpoint import CheckpointManager, load_checkpoint, load_commo
 from sam3_train.config import apply_flags, load_config, set_key, write_run_record
 from sam3_train.distributed import RunContext
 from sam3_train.loop import fit_many
+from sam3_train.run_lock import RunLock
 from sam3_train.schedule import Schedule, build_schedule, lr_warning
 from sam3_train.train_state import BatchLayout, resume_problems
 from stage1.config import get_defaults
@@ -237,8 +239,18 @@ def _describe_source(cfg: CfgNode, data: TrainingData) -> str:
 
 
 def train(prepared: PreparedRun, run: RunContext) -> None:
-    """Train the students of a prepared run. Collective."""
+    """Train the students of a prepared run. Collective.
 
+    Raises:
+        UserError: If another run writes to a folder of this one; nothing of that run is touched.
+    """
+    with contextlib.ExitStack() as stack:
+        for output in prepared.outputs if run.is_main else ():
+            stack.callback(RunLock(output).release)
+        _train_locked(prepared, run)
+
+
+def _train_locked(prepared: PreparedRun, run: RunContext) -> None:
     def log(message: str) -> None:
         if run.is_main:
             print(message, flush=True)
@@ -246,22 +258,23 @@ def train(prepared: PreparedRun, run: RunContext) -> None:
     cfg = prepared.cfgs[0]
     source = build_source(cfg, prepared.data, run, prepared.outputs[0])
     scale = source.variance_c
+    variance = {"min": float(scale.min()), "mean": float(scale.mean()), "max": float(scale.max())}
     log(
-        f"teacher features: variance per channel {float(scale.min()):.3g} .. {float(scale.max()):.3g}, mean "
-        f"{float(scale.mean()):.3g}; squared error in units of {cfg.DISTILL.NORMALIZE} variance"
+        f"teacher features: variance per channel {variance['min']:.3g} .. {variance['max']:.3g}, mean "
+        f"{variance['mean']:.3g}; squared error in units of {cfg.DISTILL.NORMALIZE} variance"
     )
     members = build_members(prepared.cfgs, prepared.outputs, prepared.data, source, run, log)
-    for member in members if run.is_main else ():
-        write_run_record(
-            member.output,
-            member.cfg,
-            {
+
+    def write_records() -> None:
+        for member in members if run.is_main else ():
+            facts = {
                 "identity": member.identity,
                 "world_size": run.world_size,
                 "num_train_images": len(prepared.data.train),
                 "num_val_images": prepared.plan.num_val,
                 "train_keys_sha256": prepared.data.train.sha256,
-                "teacher_variance": {"min": float(scale.min()), "mean": float(scale.mean()), "max": float(scale.max())},
-            },
-        )
-    fit_many(members, source.train, source.val, run, prepare_batch=source.prepare_batch)
+                "teacher_variance": variance,
+            }
+            write_run_record(member.output, member.cfg, facts)
+
+    fit_many(members, source.train, source.val, run, prepare_batch=source.prepare_batch, on_ready=write_records)

@@ -32,7 +32,7 @@ Files in the run folder: see `sam3_train.checkpoint` and `sam3_train.log`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,8 +112,11 @@ def fit_many(
     *,
     prepare_batch: PrepareBatch | None = None,
     dry_run: bool = False,
+    on_ready: Callable[[], None] | None = None,
 ) -> list[FitResult]:
     """Train several tasks on one pass over the data; see `fit`. The members share ``SEED`` and what `_SHARED` lists.
+
+    ``on_ready`` is called once nothing speaks against the run any more, before the first step.
 
     Raises:
         UserError: As `fit`, or if members share a folder or differ in a shared setting.
@@ -124,6 +127,8 @@ def fit_many(
     with trainer.stop_signal:
         try:
             trainer.prepare()
+            if on_ready is not None:
+                on_ready()
             if not dry_run:
                 trainer.train()
         finally:

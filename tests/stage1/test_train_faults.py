@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from stage1_world import Stage1World
+from stage1_world import Stage1World, make_random_teacher
 
 from sam3.checkpoint_keys import student_from_published
 from sam3_train.checkpoint import CheckpointManager, load_checkpoint
 from sam3_train.log import read_metrics
+from sam3_train.run_lock import RunLock
 from stage1.train_stage1 import main
 
 
@@ -95,6 +98,37 @@ def test_a_dry_run_names_everything_that_forbids_to_continue(world, finished, tm
     assert train(world.config("faults"), run, "--dry-run", "--opts", "TRAIN.AUTO_RESUME", "False") == 2
     assert "TRAIN.AUTO_RESUME is off" in one_line(capfd.readouterr().err)
     assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+
+
+def hold_lock(folder: Path, ready: Any, done: Any) -> None:
+    lock = RunLock(folder)
+    ready.set()
+    done.wait(60)
+    lock.release()
+
+
+def test_a_run_that_may_not_start_touches_nothing_of_the_other_one(world, finished, tmp_path, capfd):
+    """D-43: neither while the other one is running, nor when the loop refuses to continue it with another teacher."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "config.json").write_text("of the other run")
+    cfg = world.config("faults", TRAIN__EPOCHS=2)
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    holder = context.Process(target=hold_lock, args=(run, ready, done))
+    holder.start()
+    assert ready.wait(60)
+    assert train(cfg, run) == 2
+    done.set()
+    holder.join()
+    assert "another run is writing to" in one_line(capfd.readouterr().err)
+    assert (run / "config.json").read_text() == "of the other run"
+    other = make_random_teacher(tmp_path / "other.safetensors", seed=1)
+    assert train(cfg, run, "--online-teacher", "--opts", "MODEL.SAM3_CHECKPOINT", str(other)) == 2
+    assert "teacher.sha256" in one_line(capfd.readouterr().err)
+    assert (run / "config.json").read_text() == "of the other run"
+    assert train(cfg, run) == 0
+    assert '"num_train_images"' in (run / "config.json").read_text()
 
 
 def test_weights_of_another_backbone_are_refused(world, finished, tmp_path, capfd):
