@@ -5,7 +5,9 @@
     python scripts/demo.py --fresh             # forget what an earlier run made
     python scripts/demo.py --output DIR        # elsewhere than output/demo
 
-Finished steps are kept and reused until one of their inputs changes. A run that was interrupted goes on where it was.
+Finished steps are kept and reused until one of their inputs changes: settings, the teacher's weights, the generator
+of the world. A changed step starts from nothing, a run that was interrupted goes on where it was. The code of the
+stages is not among the inputs: after a change there, use --fresh.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ TEACHER = Path("data/demo/tiny_teacher.safetensors")
 TEACHER_CFG = Path("stage1/configs/teacher/demo_tiny.yaml")
 STUDENT_CFG = Path("stage1/configs/demo_cnn.yaml")
 STUDENT = "demo_cnn"
+WORLD_MODULES = ("world", "scenes", "clips", "shapes", "backgrounds", "rle")
 # Two processes of one thread each beat one of two on networks this small, and show that every step is distributed.
 PROCESSES = "2"
 
@@ -52,20 +55,26 @@ def from_root(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
+def with_bases(cfg_file: Path) -> list[Path]:
+    """A config and every file that it inherits from."""
+    settings = yaml.safe_load((ROOT / cfg_file).read_text()) or {}
+    return [cfg_file, *(path for base in settings.get("BASE", ()) for path in with_bases(cfg_file.parent / base))]
+
+
 def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[Step]:
     """The demo from an empty folder to the page; paths are relative to the repository where they lie in it."""
     world, export, run = output / "world", output / "stage1_teacher", output / "stage1" / STUDENT
     merged, page = output / f"efficient_sam3_{STUDENT}.pt", output / "index.html"
     world_options = [word for name, value in settings["WORLD"].items() for word in (f"--{name}", str(value))]
     cpu = ["DEVICE=cpu", f"NPROC={PROCESSES}"]
-    configs = [STUDENT_CFG, STUDENT_CFG.parent / "base_stage1.yaml"]
     return [
         Step(
             "world",
             "Make the demo world",
             ["python", "data/demo/demo_world.py", "--output", str(world), *world_options],
-            [Path("data/demo") / f"demo_{name}.py" for name in ("world", "scenes", "shapes", "backgrounds", "rle")],
+            [Path("data/demo") / f"demo_{name}.py" for name in WORLD_MODULES],
             [world / "images/train", world / "images/val", world / "images/test", world / "photos"],
+            owned=[world],
         ),
         Step(
             "export",
@@ -74,8 +83,9 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
                 *("bash", "stage1/scripts/save_stage1_embeddings.sh", f"CFG={TEACHER_CFG}", f"DATA_PATH={world}"),
                 *(f"OUTPUT={export}", *cpu),
             ],
-            [TEACHER_CFG, TEACHER],
+            [*with_bases(TEACHER_CFG), TEACHER],
             [export / "embeddings"],
+            owned=[export],
         ),
         Step(
             "train",
@@ -84,8 +94,9 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
                 *("bash", "stage1/scripts/train_stage1_student.sh", f"CFG={STUDENT_CFG}", f"DATA_PATH={world}"),
                 *(f"OUTPUT={run}", *cpu, "--opts", "DISTILL.TEACHER_EMBED_PATH", str(export / "embeddings")),
             ],
-            configs,
+            with_bases(STUDENT_CFG),
             [run / "best.pth"],
+            owned=[run],
         ),
         Step(
             "merge",
@@ -96,6 +107,7 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
             ],
             [],
             [merged],
+            owned=[merged],
         ),
         Step(
             "report",

@@ -3,6 +3,9 @@
 A step is a command with the files that decide its result. Its stamp, written when the command has succeeded, holds a
 hash of the command, of those files and of the stamp of the step before; a step whose hash is the same and whose results
 are still there is not run again. A change therefore repeats the step it concerns and all later ones.
+
+The hash is written down when a step begins as well: a command that goes on from what it finds may only find what was
+begun with the same hash. Otherwise the step's own output is deleted first.
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ class Step:
     results: Sequence[Path] = ()
     """What must exist afterwards."""
     env: Mapping[str, str] = field(default_factory=dict)
+    owned: Sequence[Path] = ()
+    """Files and folders that only this step writes; deleted before it runs if it was begun with another hash."""
 
     @property
     def command_line(self) -> str:
@@ -90,7 +95,7 @@ def run_steps(steps: Sequence[Step], stamps: Path, root: Path) -> None:
 
 
 def _run_step(step: Step, label: str, stamp: Path, key: str, root: Path) -> None:
-    stamp.unlink(missing_ok=True)
+    _begin(step, stamp, key, root)
     print(f"\n{label}\n$ {step.command_line}", flush=True)
     start = time.monotonic()
     exit_code = run_command(step.command, root, step.env)
@@ -105,10 +110,28 @@ def _run_step(step: Step, label: str, stamp: Path, key: str, root: Path) -> None
     if missing:
         raise StepFailedError(f"{label}: ended well but left out {missing[0]}", 1)
     record = {"name": step.name, "key": key, "command": step.command_line, "seconds": round(seconds, 2)}
-    aside = stamp.with_suffix(".tmp")
-    aside.write_text(json.dumps(record, indent=1) + "\n")
-    aside.replace(stamp)
+    _write_whole(stamp, json.dumps(record, indent=1) + "\n")
     print(f"{label}: {seconds:.0f} s", flush=True)
+
+
+def _begin(step: Step, stamp: Path, key: str, root: Path) -> None:
+    """Delete what the step made with another key, and note the new one; output of unknown origin is not touched."""
+    begun = stamp.with_suffix(".begun")
+    earlier = begun.read_text() if begun.exists() else read_stamp(stamp).get("key")
+    if earlier is not None and earlier != key:
+        for path in (root / owned for owned in step.owned):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    _write_whole(begun, key)
+    stamp.unlink(missing_ok=True)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text)
+    aside.replace(path)
 
 
 def read_stamp(stamp: Path) -> dict[str, object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -40,6 +41,36 @@ def test_the_training_config_reaches_the_student_the_demo_merges():
     config = yaml.safe_load((ROOT / demo.STUDENT_CFG).read_text())
     assert config["MODEL"]["BACKBONE"] == demo.STUDENT
     assert config["MODEL"]["PRESET"] == "tiny"
+
+
+def test_every_config_that_a_step_inherits_from_is_an_input():
+    """A changed base repeats the step."""
+    inputs = {step.name: step.inputs for step in steps()}
+    for name, config in (("export", demo.TEACHER_CFG), ("train", demo.STUDENT_CFG)):
+        base = config.parent / yaml.safe_load((ROOT / config).read_text())["BASE"][0]
+        assert config in inputs[name] and base in inputs[name]
+
+
+def test_steps_that_resume_own_a_folder_of_their_own():
+    """So that a changed setting does not go on from what another setting has made."""
+    owned = {step.name: list(step.owned) for step in steps()}
+    assert owned["world"] and owned["export"] and owned["train"]
+    paths = [path for found in owned.values() for path in found]
+    for path in paths:
+        assert path.is_relative_to("output/demo")
+        assert not [other for other in paths if other is not path and other.is_relative_to(path)]
+
+
+def test_the_world_is_made_again_when_any_of_its_modules_changes():
+    read = {path.stem for path in steps()[0].inputs}
+    needed = {"demo_world"}
+    while True:
+        sources = [(ROOT / "data/demo" / f"{name}.py").read_text() for name in needed]
+        found = {name for text in sources for name in re.findall(r"^from (demo_\w+) import", text, re.M)} | needed
+        if found == needed:
+            break
+        needed = found
+    assert read == needed
 
 
 def test_a_changed_photo_prompt_repeats_only_the_report(tmp_path):

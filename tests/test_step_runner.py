@@ -70,6 +70,55 @@ def test_a_deleted_result_and_a_damaged_stamp_are_made_again(job):
     assert job.run() == ["first"]
 
 
+class Training:
+    """A command that goes on from what it finds, as export and training do: it counts up to 2 in its own folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "rate.txt"
+        self.done = folder / "run" / "epochs.txt"
+
+    def run(self, rate: str, fail_after: int = 9) -> str:
+        """The rates of the two epochs that the run folder holds afterwards."""
+        self.config.write_text(rate)
+        (self.folder / "fail_after.txt").write_text(str(fail_after))
+        loop = (
+            "mkdir -p run; touch run/epochs.txt\n"
+            "while [ $(wc -l <run/epochs.txt) -lt 2 ]; do\n"
+            "  [ $(wc -l <run/epochs.txt) -lt $(cat fail_after.txt) ] || exit 130\n"
+            "  (cat rate.txt; echo) >>run/epochs.txt\ndone"
+        )
+        step = Step("train", "Train", ["bash", "-c", loop], [self.config], [self.done], owned=[self.folder / "run"])
+        try:
+            run_steps([step], self.folder / "stamps", self.folder)
+        except StepFailedError as error:
+            assert error.exit_code == 130
+        return self.done.read_text()
+
+
+def test_a_changed_input_of_a_resumable_step_starts_it_from_nothing(tmp_path):
+    training = Training(tmp_path)
+    assert training.run("a") == "a\na\n"
+    assert training.run("b") == "b\nb\n", "the finished run would have done nothing"
+
+
+def test_an_interrupted_step_goes_on_unless_its_inputs_changed_meanwhile(tmp_path):
+    training = Training(tmp_path)
+    assert training.run("a", fail_after=1) == "a\n"
+    training.done.write_text("A\n")  # marks what the first part made
+    assert training.run("a") == "A\na\n"
+    (tmp_path / "stamps" / "01-train.json").unlink()
+    training.done.write_text("A\n")
+    assert training.run("b") == "b\nb\n"
+
+
+def test_output_that_no_step_has_made_is_not_deleted(tmp_path):
+    training = Training(tmp_path)
+    training.done.parent.mkdir()
+    training.done.write_text("mine\n")
+    assert training.run("a") == "mine\na\n"
+
+
 def test_a_failed_step_names_itself_keeps_its_exit_code_and_stops_the_job(job):
     steps = job.steps()
     steps.insert(1, Step("broken", "Break", ["bash", "-c", "echo no such photo >&2; exit 2"]))
@@ -84,7 +133,7 @@ def test_a_step_that_leaves_a_result_out_has_failed(job):
     step = Step("empty", "Make nothing", ["true"], results=[job.folder / "never.txt"])
     with pytest.raises(StepFailedError, match=r"ended well but left out .*never\.txt"):
         run_steps([step], job.folder / "stamps", job.folder)
-    assert list((job.folder / "stamps").iterdir()) == []
+    assert list((job.folder / "stamps").glob("*.json")) == []
 
 
 def test_missing_inputs_and_commands_are_clear(job):
