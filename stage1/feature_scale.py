@@ -11,6 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sam3_train.errors import UserError
+
 NORMALIZATIONS = ("channel", "global", "none")
 MIN_SHARE = 1e-3
 """Floor of a channel's variance as a share of the mean variance: a constant channel must not divide by zero."""
@@ -26,7 +28,7 @@ def measure_channel_variance(features: Iterable[tuple[Tensor, Tensor]]) -> Tenso
         float32, (C,), on the features' device.
 
     Raises:
-        ValueError: If there is no valid cell, or a feature is not finite.
+        UserError: If there is no valid cell, or a feature is not finite.
     """
     count, total, squares = 0.0, None, None
     for features_bchw, valid_b1hw in features:
@@ -36,10 +38,13 @@ def measure_channel_variance(features: Iterable[tuple[Tensor, Tensor]]) -> Tenso
         squares = square_sums if squares is None else squares + square_sums
         count += len(values_nc)
     if total is None or squares is None or not count:
-        raise ValueError("no teacher feature to measure the variance on")
+        raise UserError(
+            "no teacher feature to measure the variance on: none of the first images could be used; see "
+            "bad_images.txt, or raise DISTILL.STATISTICS_IMAGES"
+        )
     variance_c = squares / count - (total / count).square()
     if not variance_c.isfinite().all():
-        raise ValueError("a teacher feature is not finite")
+        raise UserError("a teacher feature is not finite: check the teacher's weights, or export the embeddings again")
     return variance_c.clamp(min=0.0).float()
 
 
@@ -51,13 +56,14 @@ def error_scale(variance_c: Tensor, normalization: str) -> Tensor:
         normalization: ``channel`` (its own variance), ``global`` (the mean variance) or ``none``.
 
     Raises:
-        ValueError: If the normalization is unknown, or the features do not vary at all.
+        ValueError: If the normalization is unknown.
+        UserError: If the features do not vary at all.
     """
     if normalization == "none":
         return torch.ones_like(variance_c)
     mean = variance_c.mean()
     if not mean > 0:
-        raise ValueError("the teacher's features are constant: check the teacher's weights")
+        raise UserError("the teacher's features are constant: check the teacher's weights")
     if normalization == "global":
         return mean.expand_as(variance_c).clone()
     if normalization == "channel":

@@ -24,6 +24,7 @@ from sam3_train.embeddings import EmbeddingStore
 from sam3_train.errors import UserError
 from stage1.config import RANDOM_INIT, model_config, preprocess_config, teacher_config
 from stage1.data.build import image_index_from_config
+from stage1.export_data import augment_config
 from stage1.feature_scale import NORMALIZATIONS
 
 T = TypeVar("T")
@@ -165,7 +166,9 @@ def check_data(cfg: CfgNode, world_size: int, problems: list[str]) -> TrainingDa
             return None
     if not (teacher and preprocess and train):
         return None
-    augment = None if cfg.DISTILL.NO_RAND else AugmentSpec(cfg.DISTILL.FLIP_PROB, cfg.DISTILL.MIN_CROP_AREA)
+    augment = attempt(problems, lambda: augment_config(cfg))
+    if augment is None and not cfg.DISTILL.NO_RAND:
+        return None
     if store is not None:
         _check_store(cfg, store, preprocess, augment, problems)
         train = _covered(store, train, problems)

@@ -71,10 +71,12 @@ def test_the_variance_leaves_padding_out_and_refuses_broken_features():
     padded = features.clone()
     padded[..., 9:, :] = 1e6
     assert torch.equal(measure_channel_variance([(features, valid)]), measure_channel_variance([(padded, valid)]))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         measure_channel_variance([(torch.full((1, *SHAPE), math.nan), valid[:1])])
-    with pytest.raises(ValueError, match="constant"):
+    with pytest.raises(UserError, match="constant"):
         error_scale(torch.zeros(4), "channel")
+    with pytest.raises(UserError, match="no teacher feature"):
+        measure_channel_variance([(features, torch.zeros_like(valid))])
 
 
 def test_padded_cells_do_not_count():

@@ -131,6 +131,15 @@ def test_a_run_that_may_not_start_touches_nothing_of_the_other_one(world, finish
     assert '"num_train_images"' in (run / "config.json").read_text()
 
 
+def test_impossible_views_are_named_with_all_else_that_is_wrong(world, tmp_path, capfd):
+    """D-27: in the words of the export."""
+    words = ["DISTILL.NO_RAND", "False", "DISTILL.FLIP_PROB", "1.5", "DATA.BATCH_SIZE", "0"]
+    assert train(world.config("views"), tmp_path / "run", "--opts", *words) == 2
+    stderr = capfd.readouterr().err
+    assert "2 problems" in one_line(stderr)
+    assert "DISTILL: " in stderr and "1.5" in stderr and "DATA.BATCH_SIZE: 0 is out of range" in stderr
+
+
 def test_weights_of_another_backbone_are_refused(world, finished, tmp_path, capfd):
     cfg = world.config("wrong_backbone", "efficientvit_b0")
     assert train(cfg, tmp_path, "--pretrained", str(finished / "best.pth")) == 2
