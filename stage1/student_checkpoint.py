@@ -44,12 +44,8 @@ def read_student(path: Path, use_ema: bool | None = None) -> StudentCheckpoint:
         UserError: If the file is missing, damaged, of another kind, or lacks what is asked for.
     """
     state = load_checkpoint(path)
-    identity = state.get("identity")
-    if not isinstance(identity, dict) or not {"model", "preprocess"} <= identity.keys():
-        raise UserError(
-            f"{path}: not a training checkpoint of stage 1: it does not describe its model and preprocessing (keys "
-            f"{sorted(map(str, state))[:6]}); give a ckpt_epoch_N.pth or best.pth of train_stage1.py"
-        )
+    _require_fields(state, path)
+    identity = state["identity"]
     try:
         model, preprocess = Sam3Config.from_dict(identity["model"]), Preprocess.from_dict(identity["preprocess"])
     except (TypeError, ValueError) as error:
@@ -72,3 +68,19 @@ def read_student(path: Path, use_ema: bool | None = None) -> StudentCheckpoint:
         metrics=dict(state["metrics"]),
         config=config,
     )
+
+
+_FIELDS = {"identity": dict, "model": dict, "config": dict, "metrics": dict, "epoch": int, "step": int}
+
+
+def _require_fields(state: dict[str, Any], path: Path) -> None:
+    missing = [name for name, kind in _FIELDS.items() if not isinstance(state.get(name), kind)]
+    if "identity" not in missing:
+        missing += [f"identity.{name}" for name in ("model", "preprocess") if name not in state["identity"]]
+    if "config" not in missing and "NAME" not in (state["config"].get("MODEL") or {}):
+        missing.append("config.MODEL.NAME")
+    if missing:
+        raise UserError(
+            f"{path}: not a training checkpoint of stage 1: it lacks {', '.join(missing)} (it has "
+            f"{sorted(map(str, state))[:6]}); give a ckpt_epoch_N.pth or best.pth of train_stage1.py"
+        )

@@ -19,6 +19,7 @@ from sam3.config import StudentConfig
 from sam3.model.student_encoder import build_student
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import load_checkpoint, save_checkpoint
+from sam3_train.errors import UserError
 from stage1.convert_stage1_weights import main
 from stage1.merge import build_trained_student
 from stage1.model import Stage1Task
@@ -244,6 +245,26 @@ def test_bad_flags_end_with_exit_2(world, run, tmp_path, capfd, monkeypatch, wor
     assert main([word for pair in flags.items() for word in pair]) == 2
     assert message in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("field", "named"),
+    [("config", "config"), ("epoch", "epoch"), ("metrics", "metrics"), ("model", "model"), ("identity", "identity")],
+)
+def test_a_checkpoint_that_lacks_a_part_says_which(run, tmp_path, field, named):
+    state = load_checkpoint(run / "best.pth")
+    del state[field]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(UserError, match=rf"part\.pth: not a training checkpoint of stage 1: it lacks {named} \("):
+        read_student(tmp_path / "part.pth")
+
+
+def test_a_checkpoint_without_a_name_or_preprocessing_says_so(run, tmp_path):
+    state = load_checkpoint(run / "best.pth")
+    del state["identity"]["preprocess"], state["config"]["MODEL"]["NAME"]
+    torch.save(state, tmp_path / "part.pth")
+    with pytest.raises(UserError, match=r"it lacks identity\.preprocess, config\.MODEL\.NAME \("):
+        read_student(tmp_path / "part.pth")
 
 
 def test_a_merged_file_is_no_input(world, run, tmp_path, capfd):
