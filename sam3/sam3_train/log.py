@@ -30,10 +30,16 @@ class RunLog:
         is_main: Whether this process writes.
         tensorboard: Write TensorBoard scalars; without the package a line says how to get it, and training goes on.
         resume_step: Numbers logged after this step are removed; None keeps nothing (a new run).
+        resume_epoch: Validations of this epoch and later ones are removed too: they will be done again.
     """
 
     def __init__(
-        self, folder: str | Path, is_main: bool = True, tensorboard: bool = True, resume_step: int | None = None
+        self,
+        folder: str | Path,
+        is_main: bool = True,
+        tensorboard: bool = True,
+        resume_step: int | None = None,
+        resume_epoch: int | None = None,
     ) -> None:
         self.folder = Path(folder)
         self.is_main = is_main
@@ -45,7 +51,7 @@ class RunLog:
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = _open_append(self.folder / "log_rank0.txt")
-            _drop_after(self.folder / METRICS_NAME, resume_step)
+            _drop_after(self.folder / METRICS_NAME, resume_step, resume_epoch)
             self._metrics = _open_append(self.folder / METRICS_NAME)
         if tensorboard:
             self._board = self._open_board(resume_step)
@@ -141,10 +147,12 @@ def _open_append(path: Path) -> IO[str]:
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
-def _drop_after(path: Path, resume_step: int | None) -> None:
+def _drop_after(path: Path, resume_step: int | None, resume_epoch: int | None) -> None:
     if not path.exists():
         return
     kept = [] if resume_step is None else [r for r in read_metrics(path.parent) if r["step"] <= resume_step]
+    if resume_epoch is not None:
+        kept = [record for record in kept if record["kind"] != "val" or record["epoch"] < resume_epoch]
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(aside, path)

@@ -106,7 +106,12 @@ class Trainer:
                 self.metrics[i] = dict(state["metrics"])
             learner.wrap(is_resumed=loaded is not None)
             step = self.position.step if loaded is not None else None
-            log = RunLog(learner.member.output, self.run.is_main, resume_step=step)
+            log = RunLog(
+                learner.member.output,
+                self.run.is_main,
+                resume_step=step,
+                resume_epoch=None if self._is_done() else self.position.epoch,
+            )
             self.logs.append(log)
             if loaded is not None:
                 log.info(f"continuing from {loaded[i][0]}: epoch {self.position.epoch}, step {step}")
@@ -122,10 +127,12 @@ class Trainer:
 
     def train(self) -> None:
         """Run from the current position to the last epoch or ``TRAIN.MAX_STEPS``."""
-        epochs = self.cfg.TRAIN.EPOCHS
-        while self.position.epoch < epochs and not self._is_at_max_steps():
+        while not self._is_done():
             self._train_epoch()
             self._finish_epoch()
+
+    def _is_done(self) -> bool:
+        return self.position.epoch >= self.cfg.TRAIN.EPOCHS or self._is_at_max_steps()
 
     def _is_at_max_steps(self) -> bool:
         limit = self.cfg.TRAIN.MAX_STEPS
@@ -261,8 +268,7 @@ class Trainer:
         is_whole = self.position.batches_done >= self.num_batches
         if is_whole:
             self.position.epoch, self.position.batches_done = epoch + 1, 0
-        is_last = self.position.epoch >= self.cfg.TRAIN.EPOCHS or self._is_at_max_steps()
-        if is_last or any(is_best) or (self.cfg.SAVE_FREQ and epoch % self.cfg.SAVE_FREQ == 0):
+        if self._is_done() or any(is_best) or (self.cfg.SAVE_FREQ and epoch % self.cfg.SAVE_FREQ == 0):
             # Students that share a pass must find each other's checkpoints: a name stands for one position alone.
             self._save_all(is_epoch=is_whole, epoch=epoch, is_best=is_best)
 

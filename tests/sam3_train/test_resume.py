@@ -124,6 +124,22 @@ def test_a_signal_during_validation_loses_nothing(tmp_path, uninterrupted, monke
     assert final(tmp_path) == uninterrupted
 
 
+def test_a_kill_between_validation_and_its_checkpoint_logs_the_validation_once(tmp_path, monkeypatch):
+    """D-46, D-49: a run that has nothing left to do keeps what it logged."""
+
+    def killed(self, *args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sam3_train.checkpoint.CheckpointManager.save_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_toy(tmp_path, FULL, **IMAGES)
+    assert [record["epoch"] for record in read_metrics(tmp_path, "val")] == [0]
+    for _ in range(2):
+        train_toy(tmp_path, FULL, **IMAGES)
+        assert [record["epoch"] for record in read_metrics(tmp_path, "val")] == [0, 1, 2]
+
+
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, uninterrupted, capsys):
     """D-44: one flipped bit is noticed, and the run still ends with the same weights."""
     train_toy(tmp_path, [*FULL, "TRAIN.MAX_STEPS", "8"], **IMAGES)

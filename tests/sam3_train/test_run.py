@@ -63,6 +63,22 @@ def test_the_log_of_a_resumed_run_has_no_doubled_parts(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["bad"] is None
 
 
+def test_a_validation_that_is_done_again_is_logged_once(tmp_path):
+    """D-49: killed between the log line and the epoch's checkpoint, a run validates that epoch again."""
+    with RunLog(tmp_path, tensorboard=False) as log:
+        for epoch in (0, 1):
+            log.numbers("train", epoch, 3 * epoch + 3, {"loss": 1.0})
+            log.numbers("val", epoch, 3 * epoch + 3, {"loss": 1.0})
+    with RunLog(tmp_path, tensorboard=False, resume_step=6, resume_epoch=1) as log:
+        log.numbers("val", 1, 6, {"loss": 2.0})
+    assert [(r["kind"], r["epoch"], r["loss"]) for r in read_metrics(tmp_path)] == [
+        ("train", 0, 1.0),
+        ("val", 0, 1.0),
+        ("train", 1, 1.0),
+        ("val", 1, 2.0),
+    ]
+
+
 def test_a_missing_tensorboard_is_said_and_training_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     train_toy(tmp_path, ["TRAIN.MAX_STEPS", "1"])
