@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import ast
+import importlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from yacs.config import CfgNode
 
 from sam3.backbones import student_names
 from sam3.preprocess import Preprocess
-from sam3_train.config import load_config
+from sam3_train.config import apply_flags, load_config
 from sam3_train.errors import UserError
 from stage1.config import get_defaults, model_config, preprocess_config, teacher_config
 from stage1.train_stage1 import main
@@ -59,16 +60,82 @@ def setting_names(cfg: CfgNode, prefix: str = "") -> list[str]:
     return [n for key, v in nested for n in (setting_names(v, f"{key}.") if isinstance(v, CfgNode) else [key])]
 
 
+def upper_chain(node: ast.AST) -> tuple[str, list[str]]:
+    """``cfg.TRAIN.OPTIMIZER.EPS`` -> ("cfg", ["TRAIN", "OPTIMIZER", "EPS"])."""
+    names: list[str] = []
+    while isinstance(node, ast.Attribute) and node.attr.isupper():
+        names.insert(0, node.attr)
+        node = node.value
+    if isinstance(node, ast.Attribute):  # self.cfg
+        return node.attr, names
+    return node.id if isinstance(node, ast.Name) else "", names
+
+
+def settings_read(source: str) -> set[str]:
+    """Dotted names of the settings that a module reads.
+
+    A name like ``train`` stands for its section, any other for what it was assigned from in the same function
+    (``settings = cfg.TRAIN.OPTIMIZER``). Assigning to a setting is no read, and neither is checking its range
+    (``check_settings``).
+    """
+    found = set()
+    tree = ast.parse(source)
+    tree.body = [node for node in tree.body if getattr(node, "name", "") != "check_settings"]
+    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    for scope in [tree, *functions]:
+        sections = {name.lower(): [name] for name in ("TRAIN", "DATA", "MODEL", "DISTILL", "VAL", "AMP")}
+        for node in ast.walk(scope):
+            if not isinstance(node, ast.Assign):
+                continue
+            pairs = [(target, node.value) for target in node.targets]
+            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
+                pairs = list(zip(node.targets[0].elts, node.value.elts, strict=False))
+            for target, value in pairs:
+                root, names = upper_chain(value)
+                if isinstance(target, ast.Name) and names:
+                    sections[target.id] = [*sections.get(root, []), *names]
+        for node in ast.walk(scope):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                root, names = upper_chain(node)
+                if names:
+                    found.add(".".join([*sections.get(root, []), *names]))
+    return found
+
+
+def test_reads_of_settings_are_told_from_assignments_and_namesakes():
+    source = "def f(cfg, train):\n    s = cfg.A.B\n    cfg.A.SET = 1\n    return s.C, train.D, cfg.OTHER.E"
+    assert settings_read(source) == {"A", "A.B", "A.B.C", "TRAIN.D", "OTHER", "OTHER.E"}
+
+
 def test_every_setting_is_read_somewhere():
     """D-59: no setting is accepted and ignored."""
     root = CONFIGS.parents[1]
     files = [path for folder in ("stage1", "sam3/sam3_train") for path in (root / folder).rglob("*.py")]
-    source = "\n".join(path.read_text(encoding="utf-8") for path in files)
+    read = {name for path in files for name in settings_read(path.read_text())}
     names = setting_names(get_defaults())
     assert len(names) > 60
-    # An assignment (`data.BATCH_SIZE = 64`) is where a setting is defined, everything else a use.
-    unread = [name for name in names if not re.search(rf"\.{name.rsplit('.', 1)[-1]}\b(?! = )", source)]
+    unread = [name for name in names if name not in read]
     assert not unread
+
+
+@pytest.mark.parametrize("module", ["stage1.train_stage1", "stage1.save_embedding_stage1"])
+def test_every_common_flag_reaches_the_config_of_the_real_command(module):
+    """D-59: each flag has a key in this command's own tree, so none is parsed and dropped."""
+    parser = importlib.import_module(module).build_parser()
+    flags = {
+        "data_path": "d",
+        "output": "o",
+        "batch_size": 3,
+        "resume": "r",
+        "pretrained": "p",
+        "seed": 9,
+        "max_steps": 4,
+    }
+    words = [word for flag, value in flags.items() for word in ("--" + flag.replace("_", "-"), str(value))]
+    cfg = get_defaults()
+    apply_flags(cfg, parser.parse_args(["--cfg", "x.yaml", *words]))
+    assert (cfg.DATA.DATA_PATH, cfg.OUTPUT, cfg.DATA.BATCH_SIZE, cfg.SEED) == ("d", "o", 3, 9)
+    assert (cfg.MODEL.RESUME, cfg.MODEL.PRETRAINED, cfg.TRAIN.MAX_STEPS) == ("r", "p", 4)
 
 
 def test_no_yaml_names_an_output():
