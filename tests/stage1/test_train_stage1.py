@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from stage1_world import TINY, Stage1World, make_store
 
 from sam3.config import Sam3Config, StudentConfig
+from sam3.model.student_encoder import build_student
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import CheckpointManager, load_checkpoint
 from sam3_train.log import read_metrics
@@ -163,14 +163,28 @@ def test_the_recipe_for_a_plain_folder_of_photos(world, tmp_path):
     assert 0 <= read_metrics(tmp_path, "val")[0]["mask_iou"] <= 1
 
 
+def demo_student_sizes() -> tuple[int, int]:
+    """Parameters of the demo student, and bytes of its checkpoint: float32 weights, statistics and two moments."""
+    student = build_student(TINY.replace(student=StudentConfig("demo_cnn")))
+    trained = sum(parameter.numel() for parameter in student.parameters())
+    return trained, 4 * (sum(value.numel() for value in student.state_dict().values()) + 2 * trained)
+
+
 def test_the_plan_is_printed_and_a_dry_run_computes_nothing(world, tmp_path, capfd):
     """D-48, D-66: images, steps, effective rate, global batch, parameters, disk."""
     cfg = world.config("plan", TRAIN__LR_SCALING="linear", TRAIN__EPOCHS=5)
     assert train(cfg, tmp_path / "run", "--dry-run", "--accumulation-steps", "2") == 0
     printed = capfd.readouterr().out
-    for text in ("M parameters", "12 train, 3 val", "8 images per step: 4 x 2", "10 (5 epochs of 2)", "1.56e-05"):
+    trained, checkpoint_bytes = demo_student_sizes()
+    for text in (
+        f"plan: {trained / 1e6:.2f} M parameters",
+        "12 train, 3 val",
+        "8 images per step: 4 x 2",
+        "10 (5 epochs of 2)",
+        "1.56e-05",
+        f"{checkpoint_bytes / 1e6:.1f} MB per checkpoint",
+    ):
         assert text in printed, text
-    assert "MB per checkpoint" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -256,4 +270,6 @@ def test_a_full_disk_is_found_before_training(world, tmp_path, capfd, monkeypatc
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert train(world.config("disk"), tmp_path / "run") == 2
-    assert re.search(r"the checkpoints take 0\.0\d GB, 0\.00 GB are free", capfd.readouterr().err)
+    # Two that stay, the best, and the one being written.
+    wanted = f"the checkpoints take {4 * demo_student_sizes()[1] / 1e9:.2f} GB, 0.00 GB are free"
+    assert wanted in capfd.readouterr().err
