@@ -194,11 +194,8 @@ def _augment_one(scene: dict[str, Tensor]) -> dict[str, Tensor]:
     if permute:
         maps["image"] = maps["image"][torch.randperm(3)]
     if tones:
-        gamma, gain, offset = (
-            0.7 + 0.7 * torch.rand(3, 1, 1),
-            0.7 + 0.4 * torch.rand(3, 1, 1),
-            0.2 * torch.rand(3, 1, 1),
-        )
-        changed = ((maps["image"] / 255.0) ** gamma * gain + offset - 0.05) * 255.0
+        gamma, gain, offset = torch.rand(3, 3, 1, 1).to(boxes.device)
+        changed = (maps["image"] / 255.0) ** (0.7 + 0.7 * gamma) * (0.7 + 0.4 * gain) + 0.2 * offset - 0.05
+        changed = changed * 255.0
         maps["image"] = changed.round().clamp(0, 255).to(torch.uint8)
     return {**maps, "boxes": boxes}

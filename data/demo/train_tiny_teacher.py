@@ -49,6 +49,7 @@ def get_defaults() -> CfgNode:
     train.CLIP_GRAD = 1.0
     train.EMA_DECAY = 0.998
     train.SAVE_EVERY_MINUTES = 5.0
+    train.FIND_UNUSED_PARAMETERS = True  # the first steps have no corrections, so nothing reads a mask prompt
     return cfg
 
 
