@@ -91,7 +91,8 @@ def training_defaults() -> CfgNode:
     cfg.DETERMINISTIC = False  # deterministic kernels and no cuDNN autotuning: slower
     train = cfg.TRAIN = CfgNode()
     train.EPOCHS = 50
-    train.MAX_STEPS = 0  # end after so many optimizer steps, as if the epoch ended there; 0: no limit
+    # End after so many optimizer steps, as if the epoch ended there (saved as ckpt_step_N.pth); 0: no limit.
+    train.MAX_STEPS = 0
     train.ACCUMULATION_STEPS = 1  # micro-batches per optimizer step
     train.BASE_LR = 1e-3  # the three rates are those of LR_REFERENCE_BATCH if LR_SCALING is on
     train.WARMUP_LR = 1e-6
