@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,8 @@ from stage1.teacher import Teacher
 
 REAL_SHAPE = (1024, 72, 72)
 MB = 1e6
+STORE_READS = (("store read", True, 2), ("store read, one thread", True, 1), ("store read, CRC off", False, 2))
+"""Name, whether CRCs are checked, threads. Two, because training always reads in several workers."""
 Row = dict[str, Any]
 
 
@@ -78,10 +81,10 @@ def bench_disk(folder: Path, num_records: int, turns: int) -> list[Row]:
         plain.unlink()
         begin_export(store, spec, keys)
         measure("store write", lambda store=store: write_store(store, embeddings, keys))
-        for name, check_crc in (("store read", True), ("store read, CRC off", False)):
+        for name, check_crc, threads in STORE_READS:
             drop_from_cache(store / "rank0-values.bin")
-            measure(name, lambda store=store, check_crc=check_crc: read_store(store, keys, check_crc))
-        measure("store read, in memory", lambda store=store: read_store(store, keys, check_crc=True))
+            measure(name, lambda store=store, crc=check_crc, n=threads: read_store(store, keys, crc, n))
+        measure("store read, in memory", lambda store=store: read_store(store, keys, check_crc=True, threads=1))
         (store / "rank0-values.bin").unlink()
     rows: list[Row] = [
         {"name": name, "value": statistics.median(values), "unit": "MB/s"} for name, values in speeds.items()
@@ -124,12 +127,11 @@ def read_plain(path: Path, record_bytes: int) -> None:
             continue
 
 
-def read_store(directory: Path, keys: list[str], check_crc: bool) -> None:
-    """Every record by key, with the next one announced as a loader with a batch of keys does."""
-    with EmbeddingStore(directory, check_crc=check_crc) as store:
-        for key, following in zip(keys, [*keys[1:], keys[-1]], strict=True):
-            store.prefetch([following])
-            store.read_raw(key)
+def read_store(directory: Path, keys: list[str], check_crc: bool, threads: int) -> None:
+    """Every record by key, by as many threads as a loader might have workers."""
+    with EmbeddingStore(directory, check_crc=check_crc) as store, ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(keys), 8):  # a few at a time, so that what was read can be freed
+            list(pool.map(store.read_raw, keys[start : start + 8]))
 
 
 def drop_from_cache(path: Path) -> None:
