@@ -167,6 +167,20 @@ def test_the_tree_lists_real_files_and_every_folder():
             assert folder in listed, f"the tree leaves out {folder.name}/"
 
 
+def test_the_tree_speaks_of_every_config_of_stage1():
+    (line,) = re.findall(r"^  configs/ +(base_stage1.*)$", ALL_TEXT, re.M)
+    patterns = [word.rstrip(",") for word in line.split() if ".yaml" in word]
+    for path in (ROOT / "stage1" / "configs").glob("*.yaml"):
+        assert any(path.match(pattern) for pattern in patterns), f"the tree leaves out {path.name}"
+
+
+def test_stated_numbers_of_lines_are_right():
+    stated = re.findall(r"`([\w/]+\.py)`[^.`]*?, with (\d+) lines", ALL_TEXT)
+    assert stated
+    for name, count in stated:
+        assert len((ROOT / name).read_text().splitlines()) == int(count), name
+
+
 @pytest.mark.parametrize("path", DOCS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
