@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from toy_training import Group, ToyTask, free_port, run_group, toy_config, toy_loaders, train_toy
 
-from sam3_train.checkpoint import load_checkpoint, state_dict_sha256
+from sam3_train.checkpoint import CheckpointManager, load_checkpoint, state_dict_sha256
 from sam3_train.distributed import (
     all_gather_object,
     barrier,
@@ -218,7 +218,8 @@ def test_a_rank_killed_while_training_ends_the_others_and_the_run_can_be_continu
     opts = ["TRAIN.SAVE_EVERY_STEPS", "2", "PRINT_FREQ", "1"]
     group = Group(train_toy, 2, tmp_path, (tmp_path / "run", opts), delay_s=0.01)
     deadline = time.monotonic() + 30
-    while not (tmp_path / "run" / "last.json").exists():
+    # The pointer is there before the first checkpoint is whole.
+    while not list((tmp_path / "run").glob("last.json")) or not CheckpointManager(tmp_path / "run").names():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     group.processes[0].kill()
