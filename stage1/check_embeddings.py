@@ -56,7 +56,9 @@ def check_saved_embeddings(args: argparse.Namespace, run: RunContext) -> None:
         raise StoreError(f"{store.directory}: no store.json, so there is nothing to compare the settings with")
     teacher = Teacher.from_config(cfg, run.device)
     require_same_export(store, export_spec(cfg, data, teacher))
-    tolerance = args.check_tolerance or pick_tolerance(store.spec, teacher)
+    tolerance = args.check_tolerance
+    if tolerance is None:
+        tolerance = pick_tolerance(store.spec, teacher)
     chosen = sample_positions(data, store, args.check_saved_embed)
     mine = chosen[run.rank :: run.world_size]
     checked = [

@@ -77,7 +77,9 @@ def _model_defaults() -> CfgNode:
 
 def _distill_defaults() -> CfgNode:
     distill = CfgNode()
-    distill.TEACHER_EMBED_PATH = "output/stage1_teacher/embeddings"  # where the export writes and training reads
+    distill.TEACHER_EMBED_PATH = (
+        "output/stage1_teacher/embeddings"  # training reads here: OUTPUT/embeddings of an export
+    )
     distill.CODEC = "fp16"  # how an export stores an embedding: fp16 | int8
     distill.ONLINE_TEACHER = False  # compute the teacher's features in every step; no store is read
     distill.NO_RAND = True  # False: flips and crops, replayed from the stored seed so that student and teacher agree

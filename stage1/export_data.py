@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset
 from yacs.config import CfgNode
 
 from sam3_train.data.augmentation import AugmentSpec
-from sam3_train.data.image_index import ImageIndex
+from sam3_train.data.image_index import ImageIndex, NoSuchSplitError
 from sam3_train.data.packed_strings import PackedStrings
 from sam3_train.data.splits import SPLITS
 from sam3_train.errors import UserError
@@ -28,6 +28,8 @@ class ExportData:
     keys: PackedStrings
     dataset: ConcatDataset[dict[str, Any]]
     augment: AugmentSpec | None
+    notes: list[str]
+    """What the user should know about the choice of images, one line each."""
 
     def describe(self) -> str:
         """``100 train + 10 val images``."""
@@ -72,13 +74,14 @@ def build_export_data(cfg: CfgNode, splits: Sequence[str], may_lack_val: bool) -
     Raises:
         UserError: If the data set is not there, or no image is left.
     """
-    indices = []
+    indices, notes = [], []
     for split in splits:
         try:
             indices.append(image_index_from_config(cfg.DATA, split))
-        except UserError:
+        except NoSuchSplitError as error:
             if split != "val" or not may_lack_val:
                 raise
+            notes.append(f"exporting without val: {error}")
     if not indices:
         raise UserError(f"{cfg.DATA.DATA_PATH}: no images of the splits {', '.join(splits)} (DATA.DATA_PATH)")
     preprocess, augment = preprocess_config(cfg), augment_config(cfg)
@@ -86,7 +89,7 @@ def build_export_data(cfg: CfgNode, splits: Sequence[str], may_lack_val: bool) -
     datasets = [
         Stage1Dataset(index, preprocess, "export", grid_size, augment=augment, seed=cfg.SEED) for index in indices
     ]
-    return ExportData(indices, join_keys([index.keys for index in indices]), ConcatDataset(datasets), augment)
+    return ExportData(indices, join_keys([index.keys for index in indices]), ConcatDataset(datasets), augment, notes)
 
 
 def join_keys(parts: Sequence[PackedStrings]) -> PackedStrings:

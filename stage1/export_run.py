@@ -64,6 +64,16 @@ def export_config(args: argparse.Namespace) -> CfgNode:
             f"MODEL.RESUME (--resume) {cfg.MODEL.RESUME}: an export resumes by itself from what is in OUTPUT; the "
             "teacher's weights are MODEL.SAM3_CHECKPOINT"
         )
+    for flag, value in (("--max-steps", args.max_steps), ("--pretrained", args.pretrained)):
+        if value is not None:
+            problems.append(f"{flag} {value}: an export has no such setting; DATA.NUM_SAMPLES limits the images")
+    if cfg.DISTILL.TEACHER_EMBED_PATH != get_defaults().DISTILL.TEACHER_EMBED_PATH:
+        problems.append(
+            f"DISTILL.TEACHER_EMBED_PATH {cfg.DISTILL.TEACHER_EMBED_PATH}: training reads there; an export writes to "
+            f"{EMBEDDINGS_FOLDER}/ in its OUTPUT ({cfg.OUTPUT})"
+        )
+    if args.dry_run and args.check_saved_embed is not None:
+        problems.append("--dry-run and --check-saved-embed exclude each other: a check writes nothing anyway")
     if cfg.DISTILL.CODEC not in CODECS:
         problems.append(f"DISTILL.CODEC {cfg.DISTILL.CODEC!r} is not one of {', '.join(sorted(CODECS))}")
     if cfg.DATA.BATCH_SIZE < 1 or cfg.DATA.NUM_WORKERS < 0 or cfg.DATA.PREFETCH_FACTOR < 1:
@@ -120,7 +130,7 @@ def run_export(args: argparse.Namespace, run: RunContext) -> None:
     spec = export_spec(cfg, data, None)
     estimate = estimate_export(cfg, data, spec)
     directory = embeddings_folder(cfg)
-    outlook = [f"{data.describe()} in {cfg.DATA.DATA_PATH} -> {directory}", *estimate.lines(spec)]
+    outlook = [f"{data.describe()} in {cfg.DATA.DATA_PATH} -> {directory}", *data.notes, *estimate.lines(spec)]
     problem = estimate.problem(directory, spec)
     if problem:
         raise UserError(problem)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -319,3 +320,37 @@ def test_two_agents_on_one_machine_share_an_export_exactly(command, tmp_path):
     # A store of two ranks is read by one, and continued by one.
     start = time.monotonic()
     assert main(command(name="two")) == 0 and time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("more", "opts", "message"),
+    [
+        (["--max-steps", "3"], {}, "--max-steps 3: an export has no such setting"),
+        (["--pretrained", "timm"], {}, "--pretrained timm: an export has no such setting"),
+        ([], {"DISTILL.TEACHER_EMBED_PATH": "elsewhere"}, "DISTILL.TEACHER_EMBED_PATH elsewhere: training reads there"),
+        (["--dry-run", "--check-saved-embed", "1"], {}, "--dry-run and --check-saved-embed exclude each other"),
+    ],
+)
+def test_settings_that_an_export_would_ignore_are_refused(command, capsys, more, opts, message):
+    """D-03, D-59, D-66"""
+    assert main(command(*more, **opts)) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_val_split_is_said_and_a_broken_one_is_an_error(command, small_data, capsys):
+    val = small_data / "images/val"
+    first = next(val.iterdir())
+    shutil.copy(first, first.with_suffix(".png"))
+    assert main(command("--dry-run")) == 2
+    assert "have the same key" in capsys.readouterr().err
+    shutil.rmtree(val)
+    assert main(command("--dry-run")) == 0
+    assert "exporting without val" in capsys.readouterr().out
+    assert main(command("--dry-run", "--split", "train,val")) == 2
+
+
+def test_a_tolerance_of_zero_is_taken_at_its_word(command, capsys):
+    """D-17: zero is a bound, not "the default"."""
+    assert main(command("--codec", "int8", name="tolerance")) == 0
+    assert main(command("--codec", "int8", "--check-saved-embed", "2", "--check-tolerance", "0", name="tolerance")) == 2
+    assert "(tolerance 0)" in capsys.readouterr().out

@@ -24,6 +24,10 @@ from sam3_train.errors import UserError
 KINDS = ("sa1b", "sa1b_tar", "coco", "folder")
 
 
+class NoSuchSplitError(UserError):
+    """The data set has no image of the split at all; everything else that is wrong with it is another error."""
+
+
 class ImageSource(Protocol):
     """Reads the image at a position of an index; positions follow the index's keys."""
 
@@ -170,7 +174,7 @@ def build_image_index(
     if 0 <= num_samples < len(index):
         index = index.select(np.arange(num_samples))
     if not len(index):
-        raise UserError(f"{root}: no {split} image found (data set kind {kind!r}): {_LAYOUTS[kind]}")
+        raise NoSuchSplitError(f"{root}: no {split} image found (data set kind {kind!r}): {_LAYOUTS[kind]}")
     return index
 
 
@@ -196,7 +200,7 @@ def _scan_sa1b(root: Path, split: str, val_fraction: float, cache_dir: str | Pat
     images = root / "images" / split
     if not images.is_dir():
         hint = "; its tars can be read in place with DATA.DATASET sa1b_tar" if any(root.glob("*.tar")) else ""
-        raise UserError(f"{images} is not a folder: {_LAYOUTS['sa1b']}{hint}")
+        raise NoSuchSplitError(f"{images} is not a folder: {_LAYOUTS['sa1b']}{hint}")
     keys, source = scan_folder(images, key_has_folder=False)
     source.annotation_root = root / "annotations" / split
     return ImageIndex(keys, source, "sa1b", split, root)
@@ -206,7 +210,7 @@ def _scan_coco(root: Path, split: str, val_fraction: float, cache_dir: str | Pat
     for images in (root / "images" / f"{split}2017", root / f"{split}2017"):
         if images.is_dir():
             return ImageIndex(*scan_folder(images, key_has_folder=False), "coco", split, root)
-    raise UserError(f"{root / 'images' / f'{split}2017'} is not a folder: {_LAYOUTS['coco']}")
+    raise NoSuchSplitError(f"{root / 'images' / f'{split}2017'} is not a folder: {_LAYOUTS['coco']}")
 
 
 def _scan_photos(root: Path, split: str, val_fraction: float, cache_dir: str | Path | None) -> ImageIndex:
