@@ -19,8 +19,10 @@ def test_bad_photos_are_listed_and_then_left_out(tmp_path: Path, workers: str, c
     root = make_sa1b_tree(tmp_path)
     (root / "images/train/sa_2.jpg").write_bytes(make_jpeg(2)[:200])
     (root / "images/val/sa_101.jpg").write_bytes(b"")
-    assert validate.main(["--data-path", str(root), "--workers", workers]) == 0
-    assert "9 images checked, 2 unreadable" in capsys.readouterr().out
+    assert validate.main(["--data-path", str(root), "--workers", workers]) == 2, "a script has to see it"
+    printed = capsys.readouterr()
+    assert "9 images checked, 2 unreadable" in printed.out
+    assert f"leave them out: DATA.BAD_IMAGES {root / 'bad_images.txt'}" in printed.err
     bad = read_bad_images(root / "bad_images.txt")
     assert set(bad) == {"sa_2", "sa_101"} and "sa_2.jpg: unreadable image" in bad["sa_2"]
     assert list(build_image_index(root, "sa1b", "train", bad_keys=bad).keys) == ["sa_0", "sa_1", "sa_3", "sa_4", "sa_5"]
@@ -29,9 +31,9 @@ def test_bad_photos_are_listed_and_then_left_out(tmp_path: Path, workers: str, c
 def test_a_repaired_photo_leaves_the_list(tmp_path: Path) -> None:
     root = make_sa1b_tree(tmp_path)
     (root / "images/train/sa_2.jpg").write_bytes(b"broken")
-    validate.main(["--data-path", str(root), "--workers", "1"])
+    assert validate.main(["--data-path", str(root), "--workers", "1"]) == 2
     (root / "images/train/sa_2.jpg").write_bytes(make_jpeg(2))
-    validate.main(["--data-path", str(root), "--workers", "1"])
+    assert validate.main(["--data-path", str(root), "--workers", "1"]) == 0
     assert read_bad_images(root / "bad_images.txt") == {}
 
 
@@ -40,11 +42,22 @@ def test_annotations_are_checked_on_request(tmp_path: Path, capsys: pytest.Captu
     root = make_sa1b_tree(tmp_path)
     (root / "annotations/train/sa_1.json").unlink()
     (root / "annotations/val/sa_100.json").write_text("{}")
-    assert validate.main(["--data-path", str(root), "--workers", "1", "--annotations"]) == 0
+    assert validate.main(["--data-path", str(root), "--workers", "1", "--annotations"]) == 2
     printed = capsys.readouterr()
     assert "2 annotations are missing, empty or malformed" in printed.out
     assert "sa_1.json: has no annotation" in printed.err and "sa_100.json: not an SA-1B" in printed.err
     assert read_bad_images(root / "bad_images.txt") == {}, "trunk distillation does not read annotations"
+
+
+@pytest.mark.parametrize("kind", ["coco", "folder"])
+def test_annotations_of_a_layout_that_has_none_are_refused(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture
+) -> None:
+    """D-22: not every photo is reported for lacking what its layout never has."""
+    assert validate.main(["--data-path", str(tmp_path), "--dataset", kind, "--annotations"]) == 2
+    error = capsys.readouterr().err
+    assert f"the layout {kind!r} has no SA-1B annotations" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_tars_are_checked_in_place(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -6,6 +6,8 @@
 Every image is decoded completely. Export and training leave out what the list names: --opts DATA.BAD_IMAGES <list>.
 With --annotations the SA-1B annotation of every image is parsed and its masks are decoded too; problems there are
 reported but do not enter the list, because distilling the trunk reads no annotation.
+
+Exit code 0: all is well. 2: something was found; everything is reported and the list is written first.
 """
 
 from __future__ import annotations
@@ -26,6 +28,9 @@ from sam3_train.data.sa1b import AnnotationError, parse_sa1b_annotation
 from sam3_train.data.splits import DEFAULT_VAL_FRACTION, SPLITS
 from sam3_train.errors import UserError, run_cli
 
+ANNOTATED_KINDS = ("sa1b", "sa1b_tar")
+"""Layouts that have SA-1B annotations beside the photos."""
+
 _CHUNK = 64
 _worker_state: tuple[ImageIndex, bool] | None = None
 
@@ -40,6 +45,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
+    if args.annotations and args.dataset not in ANNOTATED_KINDS:
+        raise UserError(
+            f"--annotations: the layout {args.dataset!r} has no SA-1B annotations, only "
+            f"{' and '.join(ANNOTATED_KINDS)} have; leave the flag out"
+        )
     output = Path(args.output or Path(args.data_path) / BAD_IMAGES_FILE)
     bad: dict[str, str] = {}
     num_images = num_annotation_problems = 0
@@ -58,7 +68,21 @@ def _main(argv: list[str] | None) -> int:
     print(f"{num_images:,} images checked, {len(bad):,} unreadable, listed in {output}")
     if args.annotations:
         print(f"{num_annotation_problems:,} annotations are missing, empty or malformed")
+    if problems := _problems(bad, num_annotation_problems, output):
+        raise UserError.from_problems(args.data_path, problems)
     return 0
+
+
+def _problems(bad: dict[str, str], num_annotation_problems: int, output: Path) -> list[str]:
+    """What the check ends with, if anything was found."""
+    problems = []
+    if bad:
+        problems.append(f"{len(bad):,} unreadable photos; repair them, or leave them out: DATA.BAD_IMAGES {output}")
+    if num_annotation_problems:
+        problems.append(
+            f"{num_annotation_problems:,} missing, empty or malformed annotations, named above; repair them"
+        )
+    return problems
 
 
 def check_images(index: ImageIndex, num_workers: int, with_annotations: bool = False) -> Iterator[Problem]:
