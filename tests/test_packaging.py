@@ -113,7 +113,7 @@ def top_level_imports(folder: Path) -> dict[str, str]:
 
 
 def test_every_package_that_is_imported_is_declared():
-    """What `pip install` brings is what the code imports."""
+    """D-67: what `pip install` brings is what the code imports."""
     project = PYPROJECT["project"]
     extras = {"sam3/sam3": [], "sam3/sam3_train": ["stage1"], "stage1": ["stage1"]}
     holders = importlib.metadata.packages_distributions()

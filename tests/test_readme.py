@@ -93,6 +93,7 @@ def test_the_two_commands_are_documented():
 
 @pytest.mark.parametrize("command", SCRIPT_COMMANDS, ids=lambda c: " ".join(c)[:60])
 def test_documented_commands_name_real_scripts_flags_and_keys(command):
+    """D-68"""
     script = ROOT / command[1]
     assert script.is_file(), f"{command[1]} does not exist"
     words = command[2:]

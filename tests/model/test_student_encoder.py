@@ -43,6 +43,7 @@ def test_other_image_sizes_get_a_grid_in_proportion() -> None:
 
 
 def test_stride_16_fusion_reads_the_finer_stage_and_adds_two_convolutions() -> None:
+    """D-02"""
     plain, fused = meta_student("repvit_m0_9"), meta_student("repvit_m0_9", fuse_stride16=True)
     extra = {key: tuple(v.shape) for key, v in fused.state_dict().items() if key not in plain.state_dict()}
     assert extra == {

@@ -56,6 +56,7 @@ def test_a_built_component_of_another_size_is_not_reported_as_the_released_one(m
 
 
 def test_all_nine_students_have_the_published_sizes_and_the_head_beside_them(report: dict) -> None:
+    """D-06: the size of a student is what is deployed, head included."""
     rows = {row["student"]: row for row in report["students"]}
     assert {name: f"{row['backbone_parameters'] / 1e6:.2f}" for name, row in rows.items()} == PUBLISHED_MILLIONS
     for name, row in rows.items():
