@@ -36,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="take the averaged weights; default: if the checkpoint has them",
     )
+    parser.add_argument(
+        "--allow-other-teacher",
+        action="store_true",
+        help="only warn if the student learned from another trunk than that of --sam3-ckpt",
+    )
     parser.add_argument("--image", metavar="FILE", help="photo for the final check; default: a generated one")
     return parser
 
@@ -55,6 +60,7 @@ def _convert(argv: list[str] | None) -> int:
             fuse=args.fuse,
             use_ema=args.use_ema,
             image=Path(args.image) if args.image else None,
+            allow_other_teacher=args.allow_other_teacher,
         )
     )
     print("\n".join(result.lines()))

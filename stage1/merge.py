@@ -25,7 +25,8 @@ from sam3.loading import load_model
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.student_encoder import StudentEncoder, build_student, fuse_for_inference
 from sam3.model_builder import build_trunk
-from sam3.released_names import released_layout
+from sam3.released_names import load_trunk, released_layout
+from sam3_train.checkpoint import state_dict_sha256
 from sam3_train.config import package_versions
 from sam3_train.errors import UserError
 from stage1.student_checkpoint import StudentCheckpoint, read_student
@@ -53,6 +54,7 @@ class MergeRequest:
     fuse: bool = False
     use_ema: bool | None = None
     image: Path | None = None
+    allow_other_teacher: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,14 @@ class MergeResult:
     """Largest difference between deployed and training-time trunk output, over the largest output."""
     rounding_error: float
     """The same against the student before its weights were rounded to ``--dtype``."""
+    teacher_note: str
+    """Whether the student learned from this teacher, in one line."""
 
     def lines(self) -> list[str]:
         """The report, ending with the lines of Python that use the file."""
         return [
             *self.report.lines(),
+            self.teacher_note,
             f"checked: the loaded file's trunk gives the student's features (relative error {self.trunk_error:.1e}"
             f"; {self.rounding_error:.1e} before rounding to --dtype)",
             f"wrote {self.output} ({self.num_bytes / 1e6:.1f} MB). Use it:",
@@ -88,7 +93,8 @@ def merge_files(request: MergeRequest) -> MergeResult:
     """Read, splice, write aside, prove, and only then put the file at its place.
 
     Raises:
-        UserError: If a flag or the student checkpoint is wrong, or the proof fails; nothing is left at the output.
+        UserError: If a flag or the student checkpoint is wrong, the student learned from another teacher, or the proof
+            fails; nothing is left at the output.
         CheckpointError: If the SAM 3 file cannot be read or does not fit.
     """
     _check_request(request)
@@ -99,7 +105,10 @@ def merge_files(request: MergeRequest) -> MergeResult:
     weights = student_to_published(folded.state_dict(), folded.student.backbone)
     dtype = DTYPES[request.dtype]
     sam3, _ = read_state_dict(request.sam3_path)
-    merged, report = splice(weights, released_layout(sam3, str(request.sam3_path)), model, request)
+    released = released_layout(sam3, str(request.sam3_path))
+    merged, report = splice(weights, released, model, request)
+    teacher_trunk = trunk_sha256(released, model, request)
+    teacher_note = check_teacher(checkpoint, teacher_trunk, request)
     try:
         require_representable(merged, dtype)
     except MergeError as error:
@@ -107,7 +116,7 @@ def merge_files(request: MergeRequest) -> MergeResult:
     # The final suffix stays, because it decides the format.
     aside = request.output.with_name(f".{request.output.stem}.{os.getpid()}.unproven{request.output.suffix}")
     try:
-        write_merged(aside, merged, _metadata(request, checkpoint, model), dtype)
+        write_merged(aside, merged, _metadata(request, checkpoint, model, teacher_trunk), dtype)
         trunk_error, rounding_error = prove(aside, checkpoint, trained, folded, dtype, request)
         os.replace(aside, request.output)
     except OSError as error:
@@ -116,7 +125,8 @@ def merge_files(request: MergeRequest) -> MergeResult:
         ) from error
     finally:
         aside.unlink(missing_ok=True)
-    return MergeResult(request.output, report, request.output.stat().st_size, trunk_error, rounding_error)
+    num_bytes = request.output.stat().st_size
+    return MergeResult(request.output, report, num_bytes, trunk_error, rounding_error, teacher_note)
 
 
 def _check_request(request: MergeRequest) -> None:
@@ -181,7 +191,59 @@ def splice(
         raise UserError(f"{request.student_path} and {request.sam3_path} cannot be merged: {error}") from None
 
 
-def _metadata(request: MergeRequest, checkpoint: StudentCheckpoint, model: Sam3Config) -> dict[str, Any]:
+def trunk_sha256(released: Mapping[str, Tensor], model: Sam3Config, request: MergeRequest) -> str:
+    """Hash of the teacher trunk in the SAM 3 file: what `stage1.teacher.Teacher.sha256` gives for that file.
+
+    Args:
+        released: The SAM 3 weights in the released layout.
+        model: The student's model; the teacher is the same one without the student.
+        request: Names the file and the prefix of its trunk.
+
+    Raises:
+        CheckpointError: If the trunk does not fit the model.
+    """
+    prefix, teacher = with_dot(request.replace_prefix), model.replace(student=None)
+    weights = {TRUNK_PREFIX + k.removeprefix(prefix): v for k, v in released.items() if k.startswith(prefix)}
+    with torch.device("meta"):
+        trunk = build_trunk(teacher)
+    load_trunk(trunk, teacher, weights, source=str(request.sam3_path))
+    return state_dict_sha256(dict(trunk.named_parameters()))
+
+
+def check_teacher(checkpoint: StudentCheckpoint, trunk: str, request: MergeRequest) -> str:
+    """Compare the teacher that a student learned from with the one it is merged into.
+
+    Neck and heads of SAM 3 read the features of their own trunk, which are those that the student has to imitate.
+
+    Args:
+        checkpoint: The student's.
+        trunk: `trunk_sha256` of the SAM 3 file.
+        request: Names the files; ``allow_other_teacher`` makes a warning of the error.
+
+    Returns:
+        One line for the report.
+
+    Raises:
+        UserError: If the student learned from another teacher.
+    """
+    if checkpoint.teacher_sha256 is None:
+        return f"teacher not checked: {checkpoint.path} does not record which teacher the student learned from"
+    if checkpoint.teacher_sha256 == trunk:
+        return f"teacher checked: the student learned from this SAM 3 trunk (sha256 {trunk[:12]})"
+    difference = (
+        f"{checkpoint.path} learned from a teacher whose trunk has sha256 {checkpoint.teacher_sha256}, but the trunk "
+        f"in {request.sam3_path} has {trunk}"
+    )
+    if request.allow_other_teacher:
+        return f"warning: {difference}; merged because of --allow-other-teacher"
+    raise UserError(
+        f"{difference}: give --sam3-ckpt the file that the embeddings were exported with, or --allow-other-teacher"
+    )
+
+
+def _metadata(
+    request: MergeRequest, checkpoint: StudentCheckpoint, model: Sam3Config, teacher_trunk: str
+) -> dict[str, Any]:
     return {
         "variant": checkpoint.name,
         "model": model.to_dict(),
@@ -190,6 +252,8 @@ def _metadata(request: MergeRequest, checkpoint: StudentCheckpoint, model: Sam3C
         "provenance": {
             "teacher_file": request.sam3_path.name,
             "teacher_sha256": sha256_file(request.sam3_path),
+            "teacher_trunk_sha256": teacher_trunk,
+            "student_teacher_trunk_sha256": checkpoint.teacher_sha256,
             "student_file": request.student_path.name,
             "student_sha256": sha256_file(request.student_path),
             "is_ema": checkpoint.is_ema,

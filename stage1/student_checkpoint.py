@@ -31,6 +31,8 @@ class StudentCheckpoint:
     metrics: dict[str, float]
     """Of the last validation before the checkpoint."""
     config: dict[str, Any]
+    teacher_sha256: str | None
+    """Hash of the trunk that the student learned from (`stage1.teacher.Teacher.sha256`); None if not recorded."""
 
 
 def read_student(path: Path, use_ema: bool | None = None) -> StudentCheckpoint:
@@ -67,7 +69,14 @@ def read_student(path: Path, use_ema: bool | None = None) -> StudentCheckpoint:
         step=state["step"],
         metrics=dict(state["metrics"]),
         config=config,
+        teacher_sha256=_teacher_sha256(identity),
     )
+
+
+def _teacher_sha256(identity: dict[str, Any]) -> str | None:
+    teacher = identity.get("teacher")
+    sha256 = teacher.get("sha256") if isinstance(teacher, dict) else None
+    return str(sha256) if sha256 else None
 
 
 _FIELDS = {"identity": dict, "model": dict, "config": dict, "metrics": dict, "epoch": int, "step": int}

@@ -17,6 +17,7 @@ from sam3.checkpoint_io import read_state_dict, sha256_file
 from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX
 from sam3.config import StudentConfig
 from sam3.model.student_encoder import build_student
+from sam3.model_builder import build_sam3_trunk
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import load_checkpoint, save_checkpoint
 from sam3_train.errors import UserError
@@ -24,6 +25,7 @@ from stage1.convert_stage1_weights import main
 from stage1.merge import build_trained_student
 from stage1.model import Stage1Task
 from stage1.student_checkpoint import read_student
+from stage1.teacher import Teacher
 from stage1.train_stage1 import main as train
 
 
@@ -198,6 +200,63 @@ def test_a_teacher_that_does_not_fit_leaves_no_file(world, run, tmp_path, capfd,
     stderr = capfd.readouterr().err
     assert message in stderr and "Traceback" not in stderr
     assert not list(output.parent.iterdir())
+
+
+def another_teacher(teacher: Path, path: Path) -> Path:
+    weights, _ = read_state_dict(teacher)
+    key = TRUNK_PREFIX + "pos_embed"
+    torch.save({"model": with_key(weights, key, weights[key] + 1e-3)}, path)
+    return path
+
+
+def test_another_teacher_than_the_students_is_refused(world, run, tmp_path, capfd):
+    """Neck and heads must be those of the trunk that the student imitates; both hashes and files are named."""
+    other, output = another_teacher(world.teacher, tmp_path / "other.pt"), tmp_path / "m.pt"
+    assert convert(run / "best.pth", other, output) == 2
+    stderr = capfd.readouterr().err
+    learned = load_checkpoint(run / "best.pth")["identity"]["teacher"]["sha256"]
+    assert f"best.pth learned from a teacher whose trunk has sha256 {learned}" in stderr
+    assert f"{other} has {trunk_hash(other)}" in stderr and "--allow-other-teacher" in stderr
+    assert not output.exists()
+    assert convert(run / "best.pth", other, output, "--allow-other-teacher") == 0
+    printed = capfd.readouterr().out
+    assert "warning: " in printed and learned in printed and trunk_hash(other) in printed
+    provenance = read_state_dict(output)[1]["provenance"]
+    assert provenance["teacher_trunk_sha256"] == trunk_hash(other)
+    assert provenance["student_teacher_trunk_sha256"] == learned
+
+
+def trunk_hash(path: Path) -> str:
+    """As the export and the training hash their teacher."""
+    trunk = build_sam3_trunk(path, config=TINY, device="cpu")
+    return Teacher(trunk, TINY, Preprocess(TINY.image_size_px), torch.device("cpu")).sha256
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_student_without_a_recorded_teacher_is_merged_and_says_so(world, tmp_path, capfd, suffix):
+    checkpoint, output = make_checkpoint(tmp_path / "student.pth", "demo_cnn"), tmp_path / f"m{suffix}"
+    assert convert(checkpoint, world.teacher, output) == 0
+    assert f"teacher not checked: {checkpoint} does not record" in capfd.readouterr().out
+    provenance = read_state_dict(output)[1]["provenance"]
+    assert provenance["student_teacher_trunk_sha256"] is None
+    assert provenance["teacher_trunk_sha256"] == trunk_hash(world.teacher)
+
+
+@pytest.mark.parametrize("in_half", [False, True], ids=["fp32", "fp16"])
+def test_the_students_own_teacher_is_recognised_whatever_the_file(world, run, tmp_path, capfd, in_half):
+    """The hash is of the trunk as loaded, not of the file: names in front of the keys or its format do not matter."""
+    weights, _ = read_state_dict(world.teacher)
+    state, student = load_checkpoint(run / "best.pth"), tmp_path / "student.pth"
+    if in_half:
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+    same = tmp_path / "same.pt"
+    torch.save({"model": weights}, same)
+    state["identity"]["teacher"]["sha256"] = trunk_hash(same)
+    save_checkpoint(student, state)
+    renamed = {k.replace(TRUNK_PREFIX, "image_encoder."): v for k, v in weights.items()}
+    torch.save({f"module.{k}" if in_half else k: v for k, v in renamed.items()}, same)
+    assert convert(student, same, tmp_path / "m.pt", "--replace-prefix", "image_encoder") == 0
+    assert "teacher checked: the student learned from this SAM 3 trunk" in capfd.readouterr().out
 
 
 def test_a_student_that_is_not_what_it_says_leaves_no_file(world, run, tmp_path, capfd):
