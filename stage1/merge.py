@@ -140,6 +140,11 @@ def _check_request(request: MergeRequest) -> None:
             problems.append(f"{flag}: there is no file {path}")
         elif request.output.exists() and path.samefile(request.output):
             problems.append(f"--output {request.output} is the {flag} itself; choose another name")
+    if with_dot(request.target_prefix).removeprefix("module.") != STUDENT_PREFIX:
+        problems.append(
+            f"--target-prefix {request.target_prefix!r}: sam3.load_model looks for a student under {STUDENT_PREFIX!r} "
+            "alone, so that the merged file could not be loaded; leave the flag out"
+        )
     if request.image is not None and not request.image.is_file():
         problems.append(f"--image: there is no file {request.image}")
     if problems:

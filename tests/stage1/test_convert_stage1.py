@@ -259,6 +259,13 @@ def test_the_students_own_teacher_is_recognised_whatever_the_file(world, run, tm
     assert "teacher checked: the student learned from this SAM 3 trunk" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("prefix", [STUDENT_PREFIX.rstrip("."), f"module.{STUDENT_PREFIX}"])
+def test_a_target_prefix_that_loads_is_taken(world, run, tmp_path, prefix):
+    output = tmp_path / "m.pt"
+    assert convert(run / "best.pth", world.teacher, output, "--target-prefix", prefix) == 0
+    assert torch.equal(features_of(output), trained_features(run / "best.pth"))
+
+
 def test_a_student_that_is_not_what_it_says_leaves_no_file(world, run, tmp_path, capfd):
     state = load_checkpoint(run / "best.pth")
     state["identity"]["model"]["student"]["backbone"] = "efficientvit_b0"
@@ -294,7 +301,7 @@ def test_a_failed_proof_keeps_the_old_file(world, run, tmp_path, capfd, monkeypa
         ({"--student-ckpt": "none.pth"}, "--student-ckpt: there is no file none.pth"),
         ({"--sam3-ckpt": "none.pt"}, "--sam3-ckpt: there is no file none.pt"),
         ({"--image": "none.jpg"}, "--image: there is no file none.jpg"),
-        ({"--target-prefix": "image_encoder"}, "the merged file does not load"),
+        ({"--target-prefix": "image_encoder"}, "--target-prefix 'image_encoder': sam3.load_model looks for a student"),
         ({"--replace-prefix": "image_encoder"}, "no SAM 3 key lies under --replace-prefix 'image_encoder.'"),
     ],
 )
