@@ -28,6 +28,7 @@ from sam3_train.errors import Interrupted, UserError
 from sam3_train.log import RunLog
 from sam3_train.stop_signal import StopSignal
 from stage1.config import get_defaults, preprocess_config, teacher_config
+from stage1.data.build import left_out_images
 from stage1.export import ExportCounts, export_batches
 from stage1.export_data import ExportData, build_export_data, build_export_loader, parse_splits
 from stage1.export_report import (
@@ -222,7 +223,8 @@ def export_rank(
     directory = embeddings_folder(cfg)
     plan = plan_rank(directory, data.keys, run.rank, run.world_size)
     limit = bad_image_limit(cfg.DATA.MAX_BAD_FRACTION, len(data.keys))
-    bad_log = BadImageLog(Path(cfg.OUTPUT) / BAD_IMAGES_FILE, limit)
+    bad_log = BadImageLog(Path(cfg.OUTPUT) / BAD_IMAGES_FILE, limit, left_out_images(cfg.DATA))
+    bad_log.check()  # images that an earlier start settled as unreadable are not met again
     loader = build_export_loader(cfg, data, plan.batches)
     counts, start = ExportCounts(), time.monotonic()
     with (

@@ -24,7 +24,7 @@ from sam3_train.distributed import RunContext, barrier, broadcast_object
 from sam3_train.learner import Member
 from sam3_train.task import to_device
 from stage1.config import RANDOM_INIT, model_config, teacher_config
-from stage1.data.build import Stage1Loader, build_loader
+from stage1.data.build import Stage1Loader, build_loader, left_out_images
 from stage1.data.sa1b_dataset import Stage1Dataset
 from stage1.feature_scale import error_scale, measure_channel_variance
 from stage1.mask_agreement import MaskAgreement
@@ -70,7 +70,7 @@ def build_source(cfg: CfgNode, data: TrainingData, run: RunContext, output: Path
     else:
         prepare, description = stored_features(data.store.codec), dict(data.store.spec.teacher)
     limit = bad_image_limit(cfg.DATA.MAX_BAD_FRACTION, len(data.train))
-    bad_log = BadImageLog(output / BAD_IMAGES_FILE, limit)
+    bad_log = BadImageLog(output / BAD_IMAGES_FILE, limit, left_out_images(cfg.DATA))
     train_sampler = ResumableDistributedSampler(len(data.train), cfg.SEED, run.rank, run.world_size)
     train = _loader(cfg, data, data.train, train_sampler, bad_log, drop_last=True)
     val = None

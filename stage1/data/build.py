@@ -29,11 +29,6 @@ def image_index_from_config(data: CfgNode, split: str, bad_keys: Collection[str]
     Raises:
         UserError: As `build_image_index`.
     """
-    listed = read_bad_images(data.BAD_IMAGES) if data.BAD_IMAGES else {}
-    if data.BAD_IMAGES and not Path(data.BAD_IMAGES).is_file():
-        raise UserError(
-            f"DATA.BAD_IMAGES: {data.BAD_IMAGES} does not exist; python -m sam3_train.data.validate makes it"
-        )
     return build_image_index(
         data.DATA_PATH,
         data.DATASET,
@@ -42,9 +37,22 @@ def image_index_from_config(data: CfgNode, split: str, bad_keys: Collection[str]
         num_samples=data.NUM_SAMPLES if split == "train" else data.VAL_NUM_SAMPLES,
         subset=data.SUBSET if split == "train" else 1.0,
         subset_seed=data.SUBSET_SEED,
-        bad_keys={*listed, *bad_keys},
+        bad_keys={*left_out_images(data), *bad_keys},
         cache_dir=data.INDEX_CACHE or None,
     )
+
+
+def left_out_images(data: CfgNode) -> dict[str, str]:
+    """The images that the list ``DATA.BAD_IMAGES`` names: reason by key.
+
+    Raises:
+        UserError: If the list does not exist or cannot be read.
+    """
+    if data.BAD_IMAGES and not Path(data.BAD_IMAGES).is_file():
+        raise UserError(
+            f"DATA.BAD_IMAGES: {data.BAD_IMAGES} does not exist; python -m sam3_train.data.validate makes it"
+        )
+    return read_bad_images(data.BAD_IMAGES) if data.BAD_IMAGES else {}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

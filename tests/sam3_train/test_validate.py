@@ -83,9 +83,33 @@ def test_a_run_ends_when_too_many_photos_are_bad(tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match=r"3 unreadable images, more than the 2 .* c\.jpg: gone"):
         log.record([("c", "c.jpg: gone")])
-    again = BadImageLog(tmp_path / "run" / "bad_images.txt", limit=2)
-    again.record([("a", "a.jpg: broken"), ("d", "d.jpg: broken")])
-    assert list(read_bad_images(tmp_path / "run" / "bad_images.txt")) == ["a", "b", "c", "d"]
+
+
+def test_all_ranks_and_all_starts_of_a_run_share_one_limit(tmp_path: Path) -> None:
+    """D-21: neither more processes nor a restart allow more bad photos."""
+    path = tmp_path / "bad_images.txt"
+    first, second = (BadImageLog(path, limit=2) for _ in range(2))
+    first.record([("a", "a.jpg: broken")])
+    second.record([("a", "a.jpg: broken"), ("b", "b.jpg: broken")])
+    first.record([("b", "b.jpg: broken")])
+    with pytest.raises(UserError, match="3 unreadable images, more than the 2 "):
+        first.record([("c", "c.jpg: broken")])
+    restarted = BadImageLog(path, limit=2)
+    with pytest.raises(UserError, match=r"3 unreadable images.* take them off the list"):
+        restarted.check()
+    with pytest.raises(UserError, match="4 unreadable images"):
+        restarted.record([("d", "d.jpg: broken")])
+    assert list(read_bad_images(path)) == ["a", "b", "c", "d"]
+
+
+def test_photos_that_a_run_leaves_out_do_not_count(tmp_path: Path) -> None:
+    """D-21: the list of one start may be the DATA.BAD_IMAGES of the next."""
+    path = tmp_path / "bad_images.txt"
+    path.write_text("a\ta.jpg: broken\nb\tb.jpg: broken\n")
+    log = BadImageLog(path, limit=1, left_out=read_bad_images(path))
+    log.record([("c", "c.jpg: broken")])
+    with pytest.raises(UserError, match="2 unreadable images, more than the 1 "):
+        log.record([("d", "d.jpg: broken")])
 
 
 def test_the_limit_is_a_share_but_one_at_least() -> None:

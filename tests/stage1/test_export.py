@@ -173,6 +173,8 @@ def test_too_many_unreadable_photos_end_the_export(command, small_data, capsys):
     assert (
         "2 unreadable images, more than the 1 that DATA.MAX_BAD_FRACTION allows" in error and "Traceback" not in error
     )
+    assert main(command()) == 2, "starting again allows no more"
+    assert "2 unreadable images, more than the 1" in capsys.readouterr().err
 
 
 def test_missing_annotations_do_not_matter(command, small_data):

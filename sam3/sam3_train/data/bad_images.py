@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from sam3_train.errors import UserError
@@ -37,16 +37,21 @@ def bad_image_limit(max_fraction: float, num_images: int) -> int:
 class BadImageLog:
     """Writes down the unreadable images that a process meets and ends the run when there are too many.
 
+    The list is shared: what other ranks and what earlier starts of the run wrote there counts as well. A share of the
+    limit for each rank would not do, because over the epochs each rank meets every bad image.
+
     Args:
         path: The list to append to; made on the first bad image. None keeps the list in memory only.
-        limit: Distinct bad images that are tolerated. What an earlier run listed counts only if it is met again.
+        limit: Distinct bad images that are tolerated in the whole run.
+        left_out: Listed images that do not count, because the run leaves them out (``DATA.BAD_IMAGES``).
     """
 
-    def __init__(self, path: str | Path | None, limit: int) -> None:
+    def __init__(self, path: str | Path | None, limit: int, left_out: Collection[str] = ()) -> None:
         self.path = None if path is None else Path(path)
         self.limit = limit
         self.reasons: dict[str, str] = {}
         """What this process has met: reason by key."""
+        self._left_out = frozenset(left_out)
         self._listed = set() if self.path is None else set(read_bad_images(self.path))
 
     def record(self, bad: Iterable[tuple[str, str]]) -> None:
@@ -63,11 +68,22 @@ class BadImageLog:
             _log.warning("skipped: %s", reason)
         if self.path is not None:
             self._append("".join(f"{key}\t{reason}\n" for key, reason in fresh.items() if key not in self._listed))
-        if len(self.reasons) > self.limit:
+        self.check()
+
+    def check(self) -> None:
+        """Count the images that all ranks and all starts of this run have found.
+
+        Raises:
+            UserError: If they are more than the limit allows.
+        """
+        bad = self.reasons if self.path is None else {**read_bad_images(self.path), **self.reasons}
+        counted = [reason for key, reason in bad.items() if key not in self._left_out]
+        if len(counted) > self.limit:
             listed = f"; they are listed in {self.path}" if self.path else ""
+            remedy = "Repair them and take them off the list" if self.path else "Repair them"
             raise UserError(
-                f"{len(self.reasons)} unreadable images, more than the {self.limit} that DATA.MAX_BAD_FRACTION allows"
-                f"{listed}. Repair them, leave them out (DATA.BAD_IMAGES) or raise the limit; the newest: {reason}"
+                f"{len(counted)} unreadable images, more than the {self.limit} that DATA.MAX_BAD_FRACTION allows"
+                f"{listed}. {remedy}, leave them out (DATA.BAD_IMAGES) or raise the limit; the newest: {counted[-1]}"
             )
 
     def _append(self, text: str) -> None:
