@@ -54,6 +54,8 @@ class TarResult:
     """Regular files that are neither image nor annotation; not unpacked."""
     unpacked_bytes: int = 0
     problems: list[str] = field(default_factory=list)
+    deleted_from: str = ""
+    """Folder that ``--delete-tars`` removed the tar from; empty if it was kept."""
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,8 @@ def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
     source = Path(args.source)
     tars = sorted(path for path in source.glob("*.tar") if not path.name.startswith("."))
-    if not tars:
-        raise UserError(f"{source}: holds no *.tar (--source); data/download_sa1b.py fetches them")
     if args.index_only:
+        _require_tars(tars, source)
         results = _run_tars(tars, partial(index_tar, cache_dir=args.index_cache), args.workers, "index")
         return _finish(dict(results), args.report, f"read them in place: DATA.DATASET sa1b_tar DATA.DATA_PATH {source}")
     if args.output is None:
@@ -94,20 +95,31 @@ def _main(argv: list[str] | None) -> int:
         raise UserError(f"--val-ratio {args.val_ratio} is not in [0, 1)")
     output = Path(args.output)
     manifest = Manifest.load(output, args.val_ratio, args.folder_per_tar)
+    deleted = manifest.deleted_from(source)
+    if not deleted:
+        _require_tars(tars, source)
     pending = [tar for tar in tars if not manifest.is_done(tar)]
-    print(f"{len(tars)} tars in {source}: {len(tars) - len(pending)} done before, {len(pending)} to do")
+    gone = f", {len(deleted)} more done and deleted" if deleted else ""
+    print(f"{len(tars)} tars in {source}: {len(tars) - len(pending)} done before, {len(pending)} to do{gone}")
     _check_disk(output, pending, args.workers if args.delete_tars else len(pending))
     options = Options(output, args.val_ratio, args.folder_per_tar, args.dry_run)
     what = "plan" if args.dry_run else "unpack"
     for name, result in _run_tars(pending, partial(unpack_tar, options=options), args.workers, what):
         manifest.results[name] = result
         if not args.dry_run:
+            is_deleted = args.delete_tars and result.status == "done"
+            result.deleted_from = str(source.resolve()) if is_deleted else ""
             manifest.save()
-            if args.delete_tars and result.status == "done":
+            if is_deleted:
                 (source / name).unlink()
-    present = {tar.name for tar in tars}
-    of_source = {name: result for name, result in manifest.results.items() if name in present}
+    names = {*deleted, *(tar.name for tar in tars)}
+    of_source = {name: result for name, result in manifest.results.items() if name in names}
     return _finish(of_source, args.report, "nothing was written (--dry-run)" if args.dry_run else f"in {output}")
+
+
+def _require_tars(tars: list[Path], source: Path) -> None:
+    if not tars:
+        raise UserError(f"{source}: holds no *.tar (--source); data/download_sa1b.py fetches them")
 
 
 class Manifest:
@@ -149,6 +161,15 @@ class Manifest:
         """Whether a tar of this name and size is unpacked."""
         result = self.results.get(tar.name)
         return result is not None and result.status == "done" and result.size == tar.stat().st_size
+
+    def deleted_from(self, source: Path) -> list[str]:
+        """Names of the tars that were unpacked from a folder, deleted there, and have not come back."""
+        folder = str(source.resolve())
+        return [
+            name
+            for name, result in self.results.items()
+            if result.deleted_from == folder and not (source / name).exists()
+        ]
 
     def save(self) -> None:
         """Write the file aside and rename it."""

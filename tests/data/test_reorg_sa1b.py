@@ -216,6 +216,34 @@ def test_folders_per_tar_and_deleted_tars(source: Path, tmp_path: Path) -> None:
     assert index.read_annotation(0)
 
 
+def test_a_run_that_deleted_its_tars_can_be_repeated(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """D-99, D-101: deleted tars are done, not missing, and stay in the counts."""
+    output, report = tmp_path / "out", tmp_path / "report.json"
+    assert unpack(source, output, "--delete-tars") == 0
+    everything = tree(output)
+    capsys.readouterr()
+    assert unpack(source, output, "--delete-tars", "--report", str(report)) == 0
+    printed = capsys.readouterr().out
+    assert "0 to do, 2 more done and deleted" in printed and "2 tars, 35 images" in printed
+    assert set(json.loads(report.read_text())["tars"]) == {"sa_000020.tar", "sa_000021.tar"}
+    assert tree(output) == everything
+    make_sa1b_tar(source / "sa_000022.tar", range(50, 55))
+    assert unpack(source, output, "--delete-tars") == 0
+    assert "3 tars, 40 images" in capsys.readouterr().out
+
+
+def test_another_empty_folder_is_not_taken_for_one_that_is_done(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """D-98: what was deleted elsewhere does not excuse a wrong --source."""
+    assert unpack(source, tmp_path / "out", "--delete-tars") == 0
+    (tmp_path / "empty").mkdir()
+    assert unpack(tmp_path / "empty", tmp_path / "out", "--delete-tars") == 2
+    assert "empty: holds no *.tar" in capsys.readouterr().err
+
+
 def test_indexing_only_unpacks_nothing_and_names_damaged_tars(source: Path, capsys: pytest.CaptureFixture) -> None:
     """D-101"""
     (source / "sa_000050.tar").write_bytes(b"")
