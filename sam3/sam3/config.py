@@ -91,6 +91,74 @@ class SamHeadsConfig:
 
 
 @dataclass(frozen=True)
+class TextConfig:
+    """The causal text transformer, and the linear map to ``hidden_dim`` behind it."""
+
+    vocab_size: int = 49408
+    context_length: int = 32
+    """Tokens of one text, start and end included; longer texts are cut."""
+    width: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    projection_dim: int = 512
+    """Columns of ``text_projection``, which files hold and nothing reads."""
+
+
+@dataclass(frozen=True)
+class GeometryEncoderConfig:
+    """The encoder of box and point prompts."""
+
+    num_layers: int = 3
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    roi_size: int = 7
+    """Side in bins of what is pooled out of a box."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class FusionEncoderConfig:
+    """The encoder in which image tokens read the prompt."""
+
+    num_layers: int = 6
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The DETR decoder: object queries, a presence token, boxes refined layer by layer."""
+
+    num_layers: int = 6
+    num_queries: int = 200
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """Class scores: dot products of queries with the pooled prompt."""
+
+    mlp_dim: int = 2048
+    max_logit: float = 12.0
+    """Scores are clamped to plus and minus this."""
+    dropout: float = 0.1
+
+
+@dataclass(frozen=True)
+class SegmentationHeadConfig:
+    """Pixel decoder, instance masks and the semantic mask of the detector."""
+
+    num_heads: int = 8
+    norm_groups: int = 8
+    """Groups of the pixel decoder's GroupNorm."""
+    mask_embed_depth: int = 3
+
+
+@dataclass(frozen=True)
 class StudentConfig:
     """A light backbone with a projection head in place of the trunk."""
 
@@ -114,6 +182,12 @@ class Sam3Config:
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
     neck: NeckConfig = field(default_factory=NeckConfig)
     sam_heads: SamHeadsConfig = field(default_factory=SamHeadsConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    geometry_encoder: GeometryEncoderConfig = field(default_factory=GeometryEncoderConfig)
+    fusion_encoder: FusionEncoderConfig = field(default_factory=FusionEncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    segmentation_head: SegmentationHeadConfig = field(default_factory=SegmentationHeadConfig)
     student: StudentConfig | None = None
 
     def __post_init__(self) -> None:
@@ -225,5 +299,11 @@ PRESETS: dict[str, Sam3Config] = {
             drop_path_rate=0.0,
         ),
         sam_heads=SamHeadsConfig(transformer_num_heads=4, transformer_mlp_dim=256, head_hidden_dim=64),
+        text=TextConfig(width=16, depth=2, num_heads=2, projection_dim=16),
+        geometry_encoder=GeometryEncoderConfig(num_layers=2, num_heads=4, mlp_dim=128, roi_size=5, dropout=0.0),
+        fusion_encoder=FusionEncoderConfig(num_layers=3, num_heads=4, mlp_dim=128, dropout=0.0),
+        decoder=DecoderConfig(num_layers=3, num_queries=24, num_heads=4, mlp_dim=128, dropout=0.0),
+        scoring=ScoringConfig(mlp_dim=128, dropout=0.0),
+        segmentation_head=SegmentationHeadConfig(num_heads=4),
     ),
 }
