@@ -24,11 +24,15 @@ class SceneStyle:
     """Of a shape's own area: what must stay visible of it, whatever lies over it or beyond the border."""
     min_visible_area: float
     """Of the image's area."""
+    alike_share: float = 0.0
+    """How often a shape takes the kind, the colour or both of one that is there already."""
 
 
 WORLD_STYLE = SceneStyle((0.15, 0.34), 0.7, 0.02)
 TRAINING_STYLE = SceneStyle((0.11, 0.3), 0.4, 0.008)
 """What the tiny teacher is trained on: smaller and more hidden objects than the world shows."""
+ALIKE_STYLE = SceneStyle((0.12, 0.3), 0.5, 0.01, alike_share=0.5)
+"""What the tiny teacher's detector is trained on: a phrase is often answered by several objects, or nearly by others."""
 
 
 @dataclass
@@ -109,7 +113,7 @@ def _place_shapes(
         pose = Pose(
             rng.uniform(0, width), rng.uniform(0, height), math.exp(rng.uniform(low, high)), rng.uniform(0, 2 * math.pi)
         )
-        placed = place(sample_shape(rng), pose, image_hw)
+        placed = place(_next_shape(rng, objects, style), pose, image_hw)
         if placed is None:
             continue
         tried = owner.copy()
@@ -118,6 +122,14 @@ def _place_shapes(
             owner = tried
             objects.append(placed)
     return objects, owner
+
+
+def _next_shape(rng: np.random.Generator, objects: list[PlacedShape], style: SceneStyle) -> Shape:
+    if not style.alike_share or not objects or rng.random() >= style.alike_share:
+        return sample_shape(rng)
+    model, what = objects[rng.integers(len(objects))].shape, rng.random()
+    kind = model.kind if what < 0.75 else None
+    return sample_shape(rng, kind=kind, colour=model.colour if what > 0.25 else None)
 
 
 def place(shape: Shape, pose: Pose, image_hw: tuple[int, int]) -> PlacedShape | None:

@@ -203,10 +203,12 @@ def hsv_to_rgb(hue_deg: float, saturation: float, value: float) -> np.ndarray:
     return (255.0 * (value - value * saturation * weight)).astype(np.float32)
 
 
-def sample_shape(rng: np.random.Generator, textures: Sequence[str] = TEXTURES) -> Shape:
-    """Draw a random shape instance."""
-    kind = list(SHAPES)[rng.integers(len(SHAPES))]
-    colour = list(COLOURS)[rng.integers(len(COLOURS))]
+def sample_shape(
+    rng: np.random.Generator, textures: Sequence[str] = TEXTURES, kind: str | None = None, colour: str | None = None
+) -> Shape:
+    """Draw a random shape instance, of a given kind or colour if one is named."""
+    kind = kind or list(SHAPES)[rng.integers(len(SHAPES))]
+    colour = colour or list(COLOURS)[rng.integers(len(COLOURS))]
     (hue, spread), saturation, value = COLOURS[colour]
     hue = rng.uniform(hue - spread, hue + spread)
     first = hsv_to_rgb(hue, rng.uniform(*saturation), rng.uniform(*value))
