@@ -44,8 +44,12 @@ def assemble_image_model(
     preprocess: Preprocess | None = None,
     enable_inst_interactivity: bool = False,
     device: torch.device | str | None = None,
+    *,
+    enable_detector: bool = False,
+    enable_text_encoder: bool = True,
+    enable_segmentation: bool = True,
 ) -> Sam3Image:
-    """The image model with fresh weights, in training mode.
+    """The image model with fresh weights, in training mode. Trunk and detector neck are always built.
 
     Args:
         config: Sizes.
@@ -53,6 +57,10 @@ def assemble_image_model(
         enable_inst_interactivity: Build the second neck, the SAM heads and the interactive predictor.
         device: Where the weights are made; ``meta`` for weights that come from a file. A student is then made on the
             CPU, because its network holds tables that no file contains.
+        enable_detector: Build geometry encoder, fusion encoder, decoder and scoring. Without them the next two
+            parts, which only they read, are left out too.
+        enable_text_encoder: Build the text encoder. Without it, text features come from the caller.
+        enable_segmentation: Build the detector's mask head. Without it the detector gives boxes alone.
     """
     device = torch.device(device or "cpu")
     trunk_device = torch.device("cpu") if device.type == "meta" and config.student is not None else device
@@ -61,8 +69,35 @@ def assemble_image_model(
     with device:
         neck = Sam3DualViTDetNeck(trunk, config, add_sam2_neck=enable_inst_interactivity)
         heads = SamHeads(config) if enable_inst_interactivity else None
+        backbone = SAM3VLBackbone(neck)
+        detector: dict[str, nn.Module | None] = {}
+        if enable_detector:
+            from sam3.model.text_encoder import VETextEncoder
+
+            text = VETextEncoder(config.text, config.hidden_dim) if enable_text_encoder else None
+            backbone = SAM3VLBackbone(neck, text)
+            detector = _build_detector(config, enable_segmentation)
         preprocess = preprocess or Preprocess(size_px=config.image_size_px)
-        return Sam3Image(config, SAM3VLBackbone(neck), preprocess, heads)
+        return Sam3Image(config, backbone, preprocess, heads, **detector)
+
+
+def _build_detector(config: Sam3Config, enable_segmentation: bool) -> dict[str, nn.Module | None]:
+    """The detector's parts behind the backbone, by their names in `Sam3Image`."""
+    from sam3.model.decoder import TransformerDecoder, TransformerWrapper
+    from sam3.model.fusion_encoder import TransformerEncoderFusion
+    from sam3.model.geometry import SequenceGeometryEncoder
+    from sam3.model.scoring import DotProductScoring
+    from sam3.model.segmentation_head import UniversalSegmentationHead
+
+    dim = config.hidden_dim
+    return {
+        "geometry_encoder": SequenceGeometryEncoder(config),
+        "transformer": TransformerWrapper(
+            TransformerEncoderFusion(config.fusion_encoder, dim), TransformerDecoder(config.decoder, dim)
+        ),
+        "dot_prod_scoring": DotProductScoring(config.scoring, dim),
+        "segmentation_head": UniversalSegmentationHead(config.segmentation_head, dim) if enable_segmentation else None,
+    }
 
 
 def build_sam3_image_model(
@@ -75,14 +110,11 @@ def build_sam3_image_model(
     enable_text_encoder: bool = True,
     compile: bool = False,
     *,
+    enable_detector: bool = False,
     config: Sam3Config | str = "sam3",
     preprocess: Preprocess | None = None,
 ) -> Sam3Image:
     """Build the image model and load its weights.
-
-    The model is the image path: trunk, neck and, with ``enable_inst_interactivity``, the SAM heads. Text encoder and
-    segmentation head belong to the detector, which is not part of this version; the two switches for them are
-    accepted so that calls keep their meaning when it is.
 
     Args:
         checkpoint_path: A file in the released layout (``.pt``, ``.pth`` or ``.safetensors``; see `load_released`).
@@ -90,10 +122,12 @@ def build_sam3_image_model(
             If False and without ``checkpoint_path``, the weights are fresh.
         device: Default: CUDA where there is one, else the CPU.
         eval_mode: Return the model in eval mode.
-        enable_segmentation: See above.
+        enable_segmentation: Masks from the detector; without them it gives boxes alone.
         enable_inst_interactivity: Masks from clicks and boxes: ``model.inst_interactive_predictor``.
-        enable_text_encoder: See above.
+        enable_text_encoder: Prompts in words; without it, text features come from the caller.
         compile: Compile the trunk with ``torch.compile`` (takes effect at its first call).
+        enable_detector: False leaves out all of the detector behind its neck: an image encoder, with the SAM heads if
+            ``enable_inst_interactivity``.
         config: A preset's name or a description.
         preprocess: Default: stretch to the model's size.
 
@@ -102,7 +136,15 @@ def build_sam3_image_model(
     """
     config = Sam3Config.preset(config) if isinstance(config, str) else config
     path = _weights_path(checkpoint_path, load_from_HF, config)
-    model = assemble_image_model(config, preprocess, enable_inst_interactivity, "meta" if path else None)
+    model = assemble_image_model(
+        config,
+        preprocess,
+        enable_inst_interactivity,
+        "meta" if path else None,
+        enable_detector=enable_detector,
+        enable_text_encoder=enable_text_encoder,
+        enable_segmentation=enable_segmentation,
+    )
     if path is not None:
         state_dict, _ = read_state_dict(path)
         load_released(model, state_dict, source=str(path))

@@ -20,11 +20,22 @@ class Sam3Image(nn.Module):
         config: Sizes of every component.
         preprocess: How an image becomes the model's input.
         backbone: ``backbone.vision_backbone.{trunk, convs, sam2_convs}``.
+        geometry_encoder, transformer, dot_prod_scoring: The detector behind its neck; all three or none.
+        segmentation_head: Masks of what the detector finds, or None: boxes alone.
         inst_interactive_predictor: Masks from clicks and boxes, or None. Its ``model`` is the `SamHeads`.
     """
 
     def __init__(
-        self, config: Sam3Config, backbone: SAM3VLBackbone, preprocess: Preprocess, heads: SamHeads | None = None
+        self,
+        config: Sam3Config,
+        backbone: SAM3VLBackbone,
+        preprocess: Preprocess,
+        heads: SamHeads | None = None,
+        *,
+        geometry_encoder: nn.Module | None = None,
+        transformer: nn.Module | None = None,
+        segmentation_head: nn.Module | None = None,
+        dot_prod_scoring: nn.Module | None = None,
     ) -> None:
         """
         Raises:
@@ -39,6 +50,10 @@ class Sam3Image(nn.Module):
         self.config = config
         self.preprocess = preprocess
         self.backbone = backbone
+        self.geometry_encoder = geometry_encoder
+        self.transformer = transformer
+        self.segmentation_head = segmentation_head
+        self.dot_prod_scoring = dot_prod_scoring
         self._deployed_trunk = DeployedTrunk()
         self.inst_interactive_predictor: SAM3InteractiveImagePredictor | None = None
         if heads is not None:
@@ -48,6 +63,11 @@ class Sam3Image(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    @property
+    def has_detector(self) -> bool:
+        """Whether the model answers text, box and point prompts with `forward_grounding`."""
+        return self.transformer is not None
 
     @property
     def heads(self) -> SamHeads:
