@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo_scenes import TRAINING_STYLE, Scene, make_scene
+from demo_scenes import ALIKE_STYLE, TRAINING_STYLE, Scene, make_scene
+from demo_shapes import COLOURS, SHAPES
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,10 +25,12 @@ from sam3.config import Sam3Config
 from sam3.model.prompt_sampling import boxes_from_masks
 from sam3.preprocess import Preprocess
 
-POOL_VERSION = 1
+POOL_VERSION = 2
 MAX_OBJECTS = 5
-FIRST_INDEX = {"train": 1_000_000, "val": 1_000_000}
-"""First scene number of the pools; the demo world's own splits count from 0."""
+STYLES = {"training": TRAINING_STYLE, "alike": ALIKE_STYLE}
+FIRST_INDEX = {"training": 1_000_000, "alike": 2_000_000}
+"""First scene number of the pools of a style; the demo world's own splits count from 0."""
+KINDS, COLOUR_NAMES = tuple(SHAPES), tuple(COLOURS)
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,22 @@ class PoolSpec:
     """Side of the stored images, which are stretched as the model does."""
     grid_size: int
     """Side of the stored mask coverage: that of the mask decoder's logits."""
+    style: str = "training"
+    """One of `STYLES`."""
     version: int = POOL_VERSION
 
     @classmethod
-    def for_model(cls, config: Sam3Config, split: str, num_scenes: int, seed: int) -> PoolSpec:
+    def for_model(cls, config: Sam3Config, split: str, num_scenes: int, seed: int, style: str = "training") -> PoolSpec:
         """A pool at a model's input and mask sizes."""
-        return cls(split, num_scenes, seed, config.image_size_px, config.low_res_mask_size)
+        return cls(split, num_scenes, seed, config.image_size_px, config.low_res_mask_size, style)
 
 
 def build_pool(folder: Path, spec: PoolSpec, num_workers: int = 2) -> Path:
     """Generate a pool unless ``folder`` already holds it whole.
 
     Args:
-        folder: Gets ``images.npy``, ``coverage.npy``, ``boxes.npy``, ``counts.npy`` and, last, ``pool.json``.
+        folder: Gets ``images.npy``, ``coverage.npy``, ``boxes.npy``, ``categories.npy``, ``counts.npy`` and, last,
+            ``pool.json``.
         spec: What to generate.
         num_workers: Processes that draw scenes; the result does not depend on it.
 
@@ -74,14 +80,18 @@ def build_pool(folder: Path, spec: PoolSpec, num_workers: int = 2) -> Path:
             folder / "coverage.npy", "w+", np.uint8, (spec.num_scenes, MAX_OBJECTS, spec.grid_size, spec.grid_size)
         ),
         "boxes": np.lib.format.open_memmap(folder / "boxes.npy", "w+", np.float32, (spec.num_scenes, MAX_OBJECTS, 4)),
+        "categories": np.lib.format.open_memmap(
+            folder / "categories.npy", "w+", np.int64, (spec.num_scenes, MAX_OBJECTS, 2)
+        ),
         "counts": np.lib.format.open_memmap(folder / "counts.npy", "w+", np.int64, (spec.num_scenes,)),
     }
-    jobs = [(spec, FIRST_INDEX[spec.split] + i) for i in range(spec.num_scenes)]
+    jobs = [(spec, FIRST_INDEX[spec.style] + i) for i in range(spec.num_scenes)]
     with tqdm(total=len(jobs), desc=f"teacher scenes ({spec.split})", unit="scene") as bar:
-        for i, (image, coverage, boxes) in enumerate(_run(jobs, num_workers)):
+        for i, (image, coverage, boxes, categories) in enumerate(_run(jobs, num_workers)):
             count = len(boxes)
             arrays["images"][i], arrays["counts"][i] = image, count
             arrays["coverage"][i, :count], arrays["boxes"][i, :count] = coverage, boxes
+            arrays["categories"][i, :count] = categories
             bar.update()
     for array in arrays.values():
         array.flush()
@@ -89,7 +99,7 @@ def build_pool(folder: Path, spec: PoolSpec, num_workers: int = 2) -> Path:
     return folder
 
 
-def _run(jobs: list[tuple[PoolSpec, int]], num_workers: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _run(jobs: list[tuple[PoolSpec, int]], num_workers: int) -> Iterator[tuple[np.ndarray, ...]]:
     if num_workers < 2:
         yield from map(_make_entry, jobs)
         return
@@ -99,9 +109,12 @@ def _run(jobs: list[tuple[PoolSpec, int]], num_workers: int) -> Iterator[tuple[n
         yield from pool.imap(_make_entry, jobs, chunksize=16)
 
 
-def _make_entry(job: tuple[PoolSpec, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _make_entry(job: tuple[PoolSpec, int]) -> tuple[np.ndarray, ...]:
     spec, index = job
-    return stretch_scene(make_scene(spec.seed, spec.split, index, style=TRAINING_STYLE), spec.size_px, spec.grid_size)
+    scene = make_scene(spec.seed, spec.split, index, style=STYLES[spec.style])
+    shapes = [item.shape for item in scene.objects]
+    categories = np.array([(KINDS.index(shape.kind), COLOUR_NAMES.index(shape.colour)) for shape in shapes])
+    return (*stretch_scene(scene, spec.size_px, spec.grid_size), categories)
 
 
 def stretch_scene(scene: Scene, size_px: int, grid_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -127,9 +140,8 @@ class ScenePool(Dataset[dict[str, Tensor]]):
     """The scenes of a pool, whole; nothing about an item is random."""
 
     def __init__(self, folder: Path) -> None:
-        self._arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("images", "coverage", "boxes", "counts")
-        }
+        names = ("images", "coverage", "boxes", "categories", "counts")
+        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in names}
 
     def __len__(self) -> int:
         return len(self._arrays["counts"])
@@ -139,6 +151,7 @@ class ScenePool(Dataset[dict[str, Tensor]]):
             "image": torch.from_numpy(self._arrays["images"][index].copy()),
             "coverage": torch.from_numpy(self._arrays["coverage"][index].copy()),
             "boxes": torch.from_numpy(self._arrays["boxes"][index].copy()),
+            "categories": torch.from_numpy(self._arrays["categories"][index].copy()),
             "count": torch.tensor(int(self._arrays["counts"][index])),
         }
 
