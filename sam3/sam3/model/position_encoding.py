@@ -1,4 +1,7 @@
-"""Sine position encoding of feature maps."""
+"""Sine position encodings: of feature maps, of the points and boxes of prompts, of the decoder's reference boxes.
+
+The order of coordinates differs from use to use, and so do their scales; each function says its own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,36 @@ from typing import overload
 
 import torch
 from torch import Tensor, nn
+
+
+def sine_waves(angles: Tensor, num_channels: int, temperature: float = 10000.0) -> Tensor:
+    """Sines (even channels) and cosines (odd ones) of angles at falling frequencies, float32.
+
+    Args:
+        angles: In radians at the highest frequency, any shape (...).
+        num_channels: Channels of each angle, an even number.
+        temperature: The ratio of the highest frequency to the one that would follow the lowest.
+
+    Returns:
+        (..., num_channels).
+    """
+    exponents = torch.arange(0, num_channels, 2, device=angles.device, dtype=torch.float32) / num_channels
+    phases = angles.to(torch.float32)[..., None] / temperature**exponents
+    return torch.stack((phases.sin(), phases.cos()), dim=-1).flatten(-2)
+
+
+def box_sine_embedding(boxes: Tensor, dim: int) -> Tensor:
+    """Encoding of the decoder's reference boxes: ``dim`` / 2 channels for each of **y, x, w, h**, in this order.
+
+    Args:
+        boxes: Normalised (cx, cy, w, h), (..., 4).
+        dim: Width of the model.
+
+    Returns:
+        float32, (..., 2 * dim).
+    """
+    x, y, w, h = boxes.to(torch.float32).unbind(-1)
+    return sine_waves(torch.stack((y, x, w, h), dim=-1) * (2 * math.pi), dim // 2).flatten(-2)
 
 
 class PositionEmbeddingSine(nn.Module):
@@ -24,12 +57,8 @@ class PositionEmbeddingSine(nn.Module):
         self.num_pos_feats = num_pos_feats
         self.temperature = temperature
 
-    def _waves(self, angles_n: Tensor) -> Tensor:
-        """(n,) angles -> (n, num_pos_feats / 2): sine at even channels, cosine at odd ones."""
-        half = self.num_pos_feats // 2
-        exponents = torch.arange(0, half, 2, device=angles_n.device, dtype=torch.float32) / half
-        phases = angles_n[:, None] / self.temperature**exponents
-        return torch.stack((phases.sin(), phases.cos()), dim=-1).flatten(1)
+    def _waves(self, angles: Tensor) -> Tensor:
+        return sine_waves(angles, self.num_pos_feats // 2, self.temperature)
 
     def encode_map(self, size_hw: tuple[int, int], device: torch.device | str | None = None) -> Tensor:
         """Encoding of an (H, W) map: float32, (1, num_pos_feats, H, W), rows first."""
@@ -39,6 +68,23 @@ class PositionEmbeddingSine(nn.Module):
         pos_y = self._waves(rows).T[:, :, None].expand(-1, -1, width)
         pos_x = self._waves(columns).T[:, None].expand(-1, height, -1)
         return torch.cat([pos_y, pos_x])[None]
+
+    def encode_xy(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Encodings of normalised coordinates, any shape (...): two float32 (..., num_pos_feats / 2), of x and of y."""
+        x, y = x.to(torch.float32), y.to(torch.float32)
+        return self._waves(x * (2 * math.pi)), self._waves(y * (2 * math.pi))
+
+    def encode_boxes(self, x: Tensor, y: Tensor, w: Tensor, h: Tensor) -> Tensor:
+        """Encoding of normalised boxes for a prompt: centre **y, x**, then the raw **h, w**.
+
+        Args:
+            x: Centres, any shape (...); ``y``, ``w`` and ``h`` likewise.
+
+        Returns:
+            float32, (..., num_pos_feats + 2).
+        """
+        pos_x, pos_y = self.encode_xy(x, y)
+        return torch.cat((pos_y, pos_x, h[..., None], w[..., None]), dim=-1)
 
     def forward(self, features_bchw: Tensor) -> Tensor:
         """Encoding for a feature map, in its dtype and on its device: (B, num_pos_feats, H, W)."""
