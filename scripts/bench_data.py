@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sam3.preprocess import Preprocess, to_rgb_uint8
+from sam3.image_input import to_rgb_uint8
+from sam3.preprocess import Preprocess
 from sam3_train.data.decode import decode_image
 from sam3_train.data.image_index import build_image_index
 from stage1.data.build import build_loader

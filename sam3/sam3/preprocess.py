@@ -12,67 +12,20 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.v2.functional import InterpolationMode
 from torchvision.transforms.v2.functional import resize as tv_resize
 
+from sam3.image_input import to_rgb_uint8
+
 MODES = ("stretch", "letterbox")
-_EXIF_ORIENTATION = 0x0112
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 
 class PreprocessMismatchError(ValueError):
     """Two things that must see the same pixels were made with different preprocessing."""
-
-
-def to_rgb_uint8(image: Any) -> Tensor:
-    """Convert an image of any common kind to an RGB tensor, or refuse it clearly.
-
-    Args:
-        image: A PIL image of any mode (its EXIF orientation is applied, transparency is dropped), a numpy array
-            (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), or a tensor (3, H, W) or (1, H, W). Arrays and tensors are uint8
-            in 0..255, or floating point in 0..1.
-
-    Returns:
-        uint8 tensor, (3, H, W), in the source's memory layout, on the tensor's own device (CPU for the other kinds).
-
-    Raises:
-        TypeError: If the kind or the dtype is none of these.
-        ValueError: If the shape is wrong, a side is zero, or a float value is not finite or outside 0..1.
-    """
-    if isinstance(image, Image.Image):
-        # Each of these copies the whole image, so only where there is something to do.
-        if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
-    if isinstance(image, np.ndarray):
-        tensor = torch.from_numpy(np.ascontiguousarray(image))
-        if tensor.ndim == 2:
-            tensor = tensor[..., None]
-        if tensor.ndim != 3 or tensor.shape[-1] not in (1, 3, 4):
-            raise ValueError(f"an array image must be (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), got {image.shape}")
-        tensor = tensor[..., :3].permute(2, 0, 1)
-    elif isinstance(image, Tensor):
-        tensor = image
-        if tensor.ndim != 3 or tensor.shape[0] not in (1, 3):
-            raise ValueError(f"a tensor image must be (3, H, W) or (1, H, W), got {tuple(image.shape)}")
-    else:
-        raise TypeError(f"an image must be a PIL image, a numpy array or a tensor, got {type(image).__name__}")
-    if 0 in tensor.shape:
-        raise ValueError(f"the image is empty: shape {tuple(image.shape)}")
-    if tensor.dtype.is_floating_point:
-        low, high = float(tensor.min()), float(tensor.max())
-        if not (low >= 0.0 and high <= 1.0):
-            raise ValueError(f"a floating-point image must lie in 0..1, got values from {low} to {high}")
-        tensor = (tensor * 255.0).round().to(torch.uint8)
-    elif tensor.dtype != torch.uint8:
-        raise TypeError(f"an image must be uint8 or floating point, got {tensor.dtype}")
-    return tensor.expand(3, -1, -1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -158,7 +111,7 @@ class Preprocess:
         """Turn one image into a model input.
 
         Args:
-            image: See `to_rgb_uint8`.
+            image: See `sam3.image_input.to_rgb_uint8`.
 
         Returns:
             float32 tensor, (3, size_px, size_px).

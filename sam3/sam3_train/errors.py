@@ -12,15 +12,21 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
-_MODEL_ERRORS = (("sam3.checkpoint_io", "CheckpointError"), ("sam3.preprocess", "PreprocessMismatchError"))
+_MODEL_ERRORS = (
+    ("sam3.checkpoint_io", "CheckpointError"),
+    ("sam3.image_input", "ImageInputError"),
+    ("sam3.preprocess", "PreprocessMismatchError"),
+)
 
 MainBody = Callable[["list[str] | None"], "int | None"]
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -45,6 +51,26 @@ def user_error_types() -> tuple[type[BaseException], ...]:
     """
     found = (getattr(sys.modules.get(module), name, None) for module, name in _MODEL_ERRORS)
     return (UserError, *(error for error in found if error is not None))
+
+
+def attempt(problems: list[str], check: Callable[[], T]) -> T | None:
+    """The check's result; what a user can repair goes to the problems (once) instead of ending the preflight."""
+    try:
+        return check()
+    except user_error_types() as error:
+        if str(error) not in problems:
+            problems.append(str(error))
+        return None
+
+
+def require_no_problems(problems: Sequence[str]) -> None:
+    """Raise one error for all problems that a preflight found.
+
+    Raises:
+        UserError: If there is any.
+    """
+    if problems:
+        raise UserError.from_problems("nothing was computed, the run cannot start", problems)
 
 
 def exit_code_of(error: BaseException) -> int:

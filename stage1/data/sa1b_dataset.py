@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from sam3.preprocess import Preprocess, to_rgb_uint8
+from sam3.image_input import to_rgb_uint8
+from sam3.preprocess import Preprocess
 from sam3_train.data.augmentation import AugmentSpec, seed_of_key, view_of_seed
 from sam3_train.data.decode import UnreadableImageError
 from sam3_train.data.image_index import ImageIndex

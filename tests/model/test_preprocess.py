@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2.functional import resize
 
-from sam3.preprocess import Preprocess, PreprocessMismatchError, to_rgb_uint8
+from sam3.image_input import to_rgb_uint8
+from sam3.preprocess import Preprocess, PreprocessMismatchError
 
 
 def photo(height: int = 30, width: int = 50) -> np.ndarray:

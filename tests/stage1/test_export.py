@@ -25,7 +25,7 @@ from sam3_train.data.bad_images import BadImageLog
 from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreSpec, begin_export
 from sam3_train.embeddings.verify import verify_store
 from sam3_train.stop_signal import StopSignal
-from stage1 import export_report, export_run
+from stage1 import export_preflight, export_report, export_run
 from stage1.config import get_defaults
 from stage1.export import export_batches
 from stage1.save_embedding_stage1 import main
@@ -162,7 +162,7 @@ def test_training_reads_where_the_export_writes():
     for teacher_file, student_file in (("sam_vit_huge_sa1b", "es_rv_m"), ("demo_tiny", "demo_cnn")):
         exported = load_config(get_defaults(), ROOT / f"stage1/configs/teacher/{teacher_file}.yaml")
         trained = load_config(get_defaults(), ROOT / f"stage1/configs/{student_file}.yaml")
-        assert export_run.embeddings_folder(exported) == Path(trained.DISTILL.TEACHER_EMBED_PATH)
+        assert export_preflight.embeddings_folder(exported) == Path(trained.DISTILL.TEACHER_EMBED_PATH)
 
 
 def test_too_many_unreadable_photos_end_the_export(command, small_data, capsys):
@@ -232,7 +232,7 @@ def test_int8_takes_half_the_bytes(command, tmp_path, capsys):
 
 def test_views_are_replayed_from_the_stored_seed(command, tmp_path, small_data, teacher):
     """D-27: with DISTILL.NO_RAND False the seed in front of an embedding gives the view that the teacher saw."""
-    from sam3.preprocess import to_rgb_uint8
+    from sam3.image_input import to_rgb_uint8
 
     assert main(command("--split", "train", **{"DISTILL.NO_RAND": False})) == 0
     store = EmbeddingStore(tmp_path / "run/embeddings")
@@ -244,12 +244,45 @@ def test_views_are_replayed_from_the_stored_seed(command, tmp_path, small_data, 
 
 def test_an_export_that_does_not_fit_is_refused_before_it_starts(command, tmp_path, monkeypatch, capsys):
     """D-18 and D-137: bytes and free space are known before any compute."""
-    monkeypatch.setattr(export_run, "free_bytes", lambda directory: 700_000)
+    monkeypatch.setattr(export_preflight, "free_bytes", lambda directory: 700_000)
     monkeypatch.setattr(Teacher, "from_config", lambda *args: pytest.fail("the teacher was built"))
     assert main(command()) == 2
     error = capsys.readouterr().err
     assert "needs 0.7 MB, 0.7 MB are free" in error and "DISTILL.CODEC int8" in error
     assert not (tmp_path / "run").exists()
+
+
+def test_all_that_is_wrong_is_said_at_once_before_a_teacher_is_built(
+    command, tiny_teacher_file, small_data, tmp_path, monkeypatch, capsys
+):
+    """D-137: settings, images, disk and the store that is there already, in one list."""
+    assert main(command()) == 0
+    before = store_bytes(tmp_path / "run/embeddings")
+    other = torch.load(tiny_teacher_file, weights_only=True)
+    other["model"] = {k: v + 0.01 if v.is_floating_point() else v for k, v in other["model"].items()}
+    torch.save(other, tmp_path / "other.pt")
+    for number in range(7, 12):
+        (small_data / f"images/train/sa_{number}.jpg").write_bytes(make_jpeg(number))
+    monkeypatch.setattr(Teacher, "from_config", lambda *args: pytest.fail("the teacher was built"))
+    monkeypatch.setattr(export_preflight, "free_bytes", lambda directory: 1000)
+    opts = {"MODEL.SAM3_CHECKPOINT": tmp_path / "other.pt", "DATA.PREPROCESS.MODE": "letterbox", "MODEL.RESUME": "x"}
+    capsys.readouterr()
+    assert main(command("--pretrained", "timm", **opts)) == 2
+    error = capsys.readouterr().err
+    for message in (
+        "4 problems",
+        "MODEL.RESUME (--resume) x",
+        "--pretrained timm",
+        "the store was begun with other settings",
+        "teacher: {'name': 'tiny'",
+        "'mode': 'letterbox'",
+        "the export needs 0.4 MB, 0.0 MB are free",
+    ):
+        assert message in error, (message, error)
+    opts = {"MODEL.SAM3_CHECKPOINT": "nowhere.pt", "AMP_DTYPE": "fp8", "MODEL.PRESET": "huge", "DISTILL.CODEC": "zip"}
+    assert main(command("--split", "train,nothing", **opts)) == 2
+    assert "5 problems" in capsys.readouterr().err
+    assert store_bytes(tmp_path / "run/embeddings") == before
 
 
 def test_a_dry_run_writes_nothing(command, tmp_path, capsys):

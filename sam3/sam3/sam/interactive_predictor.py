@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sam3.preprocess import Preprocess, to_rgb_uint8
+from sam3.image_input import to_rgb_uint8
+from sam3.preprocess import Preprocess
 from sam3.sam.connected_components import fill_holes
 from sam3.sam.heads import SamFeatures, SamHeads
 from sam3.sam.prompts import Prompts
@@ -74,7 +75,7 @@ class SAM3InteractiveImagePredictor(nn.Module):
         self._is_batch = False
 
     def set_image(self, image: Any) -> None:
-        """Encode one image, of any kind that `sam3.preprocess.to_rgb_uint8` takes."""
+        """Encode one image, of any kind that `sam3.image_input.to_rgb_uint8` takes."""
         self._set_images([image], is_batch=False)
 
     def set_image_batch(self, image_list: Sequence[Any]) -> None:
@@ -94,7 +95,9 @@ class SAM3InteractiveImagePredictor(nn.Module):
         self.reset_predictor()
         weight = self.model.no_mem_embed
         pixels = [to_rgb_uint8(image) for image in images]
-        batch = torch.stack([self.preprocess(p) for p in pixels]).to(weight.device, weight.dtype)
+        batch = torch.stack([self.preprocess.normalize(self.preprocess.resize(p)) for p in pixels]).to(
+            weight.device, weight.dtype
+        )
         self._features = self._encode_images(batch)
         self._original_hws = [(p.shape[-2], p.shape[-1]) for p in pixels]
         self._is_batch = is_batch
