@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from yacs.config import CfgNode
@@ -13,7 +13,7 @@ from sam3_train.embeddings import EmbeddingStore, StoreError, StoreSpec, compare
 from sam3_train.embeddings.codecs import Distortion
 from sam3_train.errors import UserError
 from stage1.export_data import ExportData, build_export_loader
-from stage1.export_run import embeddings_folder, export_config, export_spec, load_data
+from stage1.export_preflight import prepare_export, require_same_export
 from stage1.teacher import Teacher
 
 CODEC_TOLERANCE = {"fp16": 2e-3, "int8": 3e-2}
@@ -49,13 +49,11 @@ def check_saved_embeddings(args: argparse.Namespace, run: RunContext) -> None:
     Raises:
         UserError: If any of them differs by more than the tolerance, or the store is of another teacher.
     """
-    cfg = export_config(args)
-    data = load_data(cfg, args)
-    store = EmbeddingStore(embeddings_folder(cfg))
-    if store.info is None:
-        raise StoreError(f"{store.directory}: no store.json, so there is nothing to compare the settings with")
+    prepared = prepare_export(args, run)
+    cfg, data = prepared.cfg, prepared.data
+    store = EmbeddingStore(prepared.directory)
     teacher = Teacher.from_config(cfg, run.device)
-    require_same_export(store, export_spec(cfg, data, teacher))
+    require_same_export(prepared.directory, replace(prepared.spec, teacher=teacher.description))
     tolerance = args.check_tolerance
     if tolerance is None:
         tolerance = pick_tolerance(store.spec, teacher)
@@ -77,21 +75,6 @@ def check_saved_embeddings(args: argparse.Namespace, run: RunContext) -> None:
         )
 
 
-def require_same_export(store: EmbeddingStore, spec: StoreSpec) -> None:
-    """Check that the store was made by this teacher from these inputs; the number format may differ.
-
-    Raises:
-        StoreError: Naming each difference.
-    """
-    wanted = {**spec.to_dict(), "teacher": {**spec.teacher, "dtype": store.spec.teacher.get("dtype")}}
-    stored = store.spec.to_dict()
-    differences = [f"{name}: {stored[name]!r} != {wanted[name]!r}" for name in wanted if stored[name] != wanted[name]]
-    if differences:
-        raise StoreError(
-            f"{store.directory}: the store is of another export (store != now):\n  " + "\n  ".join(differences)
-        )
-
-
 def pick_tolerance(spec: StoreSpec, teacher: Teacher) -> float:
     """Largest relative RMS error that rounding explains."""
     dtypes = {spec.teacher.get("dtype"), teacher.description["dtype"]}
@@ -105,8 +88,6 @@ def sample_positions(data: ExportData, store: EmbeddingStore, count: int) -> lis
     Raises:
         UserError: If there is none.
     """
-    if count < 1:
-        raise UserError(f"--check-saved-embed {count} must be at least 1")
     present = [position for position, key in enumerate(data.keys) if key in store]
     if not present:
         raise UserError(f"{store.directory}: holds none of the {len(data.keys)} images of this data set")

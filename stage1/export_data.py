@@ -14,7 +14,7 @@ from sam3_train.data.augmentation import AugmentSpec
 from sam3_train.data.image_index import ImageIndex, NoSuchSplitError
 from sam3_train.data.packed_strings import PackedStrings
 from sam3_train.data.splits import SPLITS
-from sam3_train.errors import UserError
+from sam3_train.errors import UserError, attempt
 from stage1.config import preprocess_config, teacher_config
 from stage1.data.build import Stage1Loader, build_loader, image_index_from_config
 from stage1.data.sa1b_dataset import Stage1Dataset
@@ -63,33 +63,49 @@ def parse_splits(text: str) -> list[str]:
     return names
 
 
-def build_export_data(cfg: CfgNode, splits: Sequence[str], may_lack_val: bool) -> ExportData:
+def build_export_data(
+    cfg: CfgNode, splits: Sequence[str], may_lack_val: bool, problems: list[str]
+) -> ExportData | None:
     """Find the images and describe how they become inputs.
 
     Args:
         cfg: Stage-1 config.
         splits: Names of the splits, in order.
-        may_lack_val: A data set without a val split exports the others; otherwise it is an error.
+        may_lack_val: A data set without a val split exports the others; otherwise it is a problem.
+        problems: Receives what is wrong: a data set that is not there, impossible settings.
 
-    Raises:
-        UserError: If the data set is not there, or no image is left.
+    Returns:
+        None if anything is wrong.
     """
-    indices, notes = [], []
+    num_before, notes = len(problems), list[str]()
+    indices: list[ImageIndex] = []
     for split in splits:
-        try:
-            indices.append(image_index_from_config(cfg.DATA, split))
-        except NoSuchSplitError as error:
-            if split != "val" or not may_lack_val:
-                raise
-            notes.append(f"exporting without val: {error}")
+        index = attempt(problems, lambda split=split: _find_split(cfg, split, may_lack_val, notes))  # type: ignore[misc]
+        if index is not None:
+            indices.append(index)
+    augment = attempt(problems, lambda: augment_config(cfg))
+    teacher = attempt(problems, lambda: teacher_config(cfg))
+    preprocess = attempt(problems, lambda: preprocess_config(cfg)) if teacher is not None else None
+    if teacher is None or preprocess is None or len(problems) > num_before:
+        return None
     if not indices:
-        raise UserError(f"{cfg.DATA.DATA_PATH}: no images of the splits {', '.join(splits)} (DATA.DATA_PATH)")
-    preprocess, augment = preprocess_config(cfg), augment_config(cfg)
-    grid_size = teacher_config(cfg).grid_size
+        problems.append(f"{cfg.DATA.DATA_PATH}: no images of the splits {', '.join(splits)} (DATA.DATA_PATH)")
+        return None
     datasets = [
-        Stage1Dataset(index, preprocess, "export", grid_size, augment=augment, seed=cfg.SEED) for index in indices
+        Stage1Dataset(index, preprocess, "export", teacher.grid_size, augment=augment, seed=cfg.SEED)
+        for index in indices
     ]
     return ExportData(indices, join_keys([index.keys for index in indices]), ConcatDataset(datasets), augment, notes)
+
+
+def _find_split(cfg: CfgNode, split: str, may_lack_val: bool, notes: list[str]) -> ImageIndex | None:
+    try:
+        return image_index_from_config(cfg.DATA, split)
+    except NoSuchSplitError as error:
+        if split != "val" or not may_lack_val:
+            raise
+        notes.append(f"exporting without val: {error}")
+        return None
 
 
 def join_keys(parts: Sequence[PackedStrings]) -> PackedStrings:

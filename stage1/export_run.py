@@ -6,117 +6,31 @@ import argparse
 import os
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from yacs.config import CfgNode
 
-from sam3_train.config import apply_flags, load_config, set_key, write_run_record
-from sam3_train.data.bad_images import BAD_IMAGES_FILE, BadImageLog, bad_image_limit
+from sam3_train.config import write_run_record
 from sam3_train.distributed import RunContext, all_gather_object, barrier
-from sam3_train.embeddings import (
-    CODECS,
-    EmbeddingStore,
-    EmbeddingWriter,
-    StoreError,
-    StoreSpec,
-    begin_export,
-    count_missing,
-    plan_rank,
-)
+from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreError, StoreSpec, begin_export, plan_rank
 from sam3_train.embeddings.spec import STORE_FILE
-from sam3_train.errors import Interrupted, UserError
+from sam3_train.errors import Interrupted
 from sam3_train.log import RunLog
 from sam3_train.stop_signal import StopSignal
-from stage1.config import get_defaults, preprocess_config, teacher_config
-from stage1.data.build import left_out_images
 from stage1.export import ExportCounts, export_batches
-from stage1.export_data import ExportData, build_export_data, build_export_loader, parse_splits
+from stage1.export_data import ExportData, build_export_loader
+from stage1.export_preflight import embeddings_folder, open_bad_log, prepare_export
 from stage1.export_report import (
-    ExportEstimate,
     ExportProgress,
     format_seconds,
-    free_bytes,
     measure_seconds_per_image,
     rank_result,
     summary_lines,
 )
 from stage1.teacher import Teacher
 
-DEFAULT_OUTPUT = "output/stage1_teacher"
-EMBEDDINGS_FOLDER = "embeddings"
 KEEP_ALL_NUMBERS = 2**62
-
-
-def export_config(args: argparse.Namespace) -> CfgNode:
-    """The final config of a command line.
-
-    Raises:
-        UserError: If a key, type or value is wrong; all problems at once.
-    """
-    cfg = load_config(get_defaults(), args.cfg, args.opts)
-    apply_flags(cfg, args)
-    if not cfg.OUTPUT:
-        cfg.OUTPUT = DEFAULT_OUTPUT
-    if args.codec:
-        set_key(cfg, "DISTILL.CODEC", args.codec, "--codec")
-    problems = []
-    if cfg.MODEL.RESUME:
-        problems.append(
-            f"MODEL.RESUME (--resume) {cfg.MODEL.RESUME}: an export resumes by itself from what is in OUTPUT; the "
-            "teacher's weights are MODEL.SAM3_CHECKPOINT"
-        )
-    for flag, value in (("--max-steps", args.max_steps), ("--pretrained", args.pretrained)):
-        if value is not None:
-            problems.append(f"{flag} {value}: an export has no such setting; DATA.NUM_SAMPLES limits the images")
-    if cfg.DISTILL.TEACHER_EMBED_PATH != get_defaults().DISTILL.TEACHER_EMBED_PATH:
-        problems.append(
-            f"DISTILL.TEACHER_EMBED_PATH {cfg.DISTILL.TEACHER_EMBED_PATH}: training reads there; an export writes to "
-            f"{EMBEDDINGS_FOLDER}/ in its OUTPUT ({cfg.OUTPUT})"
-        )
-    if args.dry_run and args.check_saved_embed is not None:
-        problems.append("--dry-run and --check-saved-embed exclude each other: a check writes nothing anyway")
-    if cfg.DISTILL.CODEC not in CODECS:
-        problems.append(f"DISTILL.CODEC {cfg.DISTILL.CODEC!r} is not one of {', '.join(sorted(CODECS))}")
-    if cfg.DATA.BATCH_SIZE < 1 or cfg.DATA.NUM_WORKERS < 0 or cfg.DATA.PREFETCH_FACTOR < 1:
-        problems.append("DATA.BATCH_SIZE and PREFETCH_FACTOR must be at least 1, NUM_WORKERS at least 0")
-    checkpoint = cfg.MODEL.SAM3_CHECKPOINT
-    if checkpoint and not Path(checkpoint).is_file():
-        problems.append(
-            f"MODEL.SAM3_CHECKPOINT: there is no file {checkpoint}; download sam3.pt there, name another file, or set "
-            'it to "" to fetch the gated file from the hub'
-        )
-    if problems:
-        raise UserError.from_problems("export", problems)
-    return cfg
-
-
-def embeddings_folder(cfg: CfgNode) -> Path:
-    """Where the store is: below the run's folder, so that two runs never share one."""
-    return Path(cfg.OUTPUT) / EMBEDDINGS_FOLDER
-
-
-def export_spec(cfg: CfgNode, data: ExportData, teacher: Teacher | None) -> StoreSpec:
-    """The store's description; without a teacher only its sizes are final."""
-    return StoreSpec(
-        shape=teacher_config(cfg).embedding_shape,
-        codec=cfg.DISTILL.CODEC,
-        teacher={} if teacher is None else teacher.description,
-        preprocess=preprocess_config(cfg).to_dict(),
-        augmentation=None if data.augment is None else data.augment.to_dict(),
-    )
-
-
-def load_data(cfg: CfgNode, args: argparse.Namespace) -> ExportData:
-    """The images of ``--split``; by default train and, where there is one, val."""
-    splits = parse_splits(args.split or "train,val")
-    return build_export_data(cfg, splits, may_lack_val=not args.split)
-
-
-def estimate_export(cfg: CfgNode, data: ExportData, spec: StoreSpec) -> ExportEstimate:
-    """What is missing and whether it fits."""
-    directory = embeddings_folder(cfg)
-    num_missing = count_missing(directory, data.keys)
-    return ExportEstimate(len(data.keys), num_missing, spec.record_bytes, free_bytes(directory))
 
 
 def run_export(args: argparse.Namespace, run: RunContext) -> None:
@@ -126,15 +40,13 @@ def run_export(args: argparse.Namespace, run: RunContext) -> None:
         UserError: For anything the user can repair.
         Interrupted: After SIGTERM or SIGINT, when all that was computed is stored.
     """
-    cfg = export_config(args)
-    data = load_data(cfg, args)
-    spec = export_spec(cfg, data, None)
-    estimate = estimate_export(cfg, data, spec)
-    directory = embeddings_folder(cfg)
-    outlook = [f"{data.describe()} in {cfg.DATA.DATA_PATH} -> {directory}", *data.notes, *estimate.lines(spec)]
-    problem = estimate.problem(directory, spec)
-    if problem:
-        raise UserError(problem)
+    prepared = prepare_export(args, run)
+    cfg, data, estimate, directory = prepared.cfg, prepared.data, prepared.estimate, prepared.directory
+    outlook = [
+        f"{data.describe()} in {cfg.DATA.DATA_PATH} -> {directory}",
+        *data.notes,
+        *estimate.lines(prepared.spec),
+    ]
     if args.dry_run:
         if run.is_main:
             print("\n".join(outlook), flush=True)
@@ -144,7 +56,7 @@ def run_export(args: argparse.Namespace, run: RunContext) -> None:
             log.info(line)
         teacher = Teacher.from_config(cfg, run.device)
         log.info(f"teacher {teacher.config.name} ({teacher.sha256[:12]}) on {run.device} in {teacher.dtype}")
-        prepare_store(cfg, data, export_spec(cfg, data, teacher), run, log)
+        prepare_store(cfg, data, replace(prepared.spec, teacher=teacher.description), run, log)
         if estimate.num_missing:
             seconds = measure_seconds_per_image(teacher, cfg.DATA.BATCH_SIZE)
             total = format_seconds(seconds * estimate.num_missing / run.world_size)
@@ -222,9 +134,7 @@ def export_rank(
     """
     directory = embeddings_folder(cfg)
     plan = plan_rank(directory, data.keys, run.rank, run.world_size)
-    limit = bad_image_limit(cfg.DATA.MAX_BAD_FRACTION, len(data.keys))
-    bad_log = BadImageLog(Path(cfg.OUTPUT) / BAD_IMAGES_FILE, limit, left_out_images(cfg.DATA))
-    bad_log.check()  # images that an earlier start settled as unreadable are not met again
+    bad_log = open_bad_log(cfg, data)
     loader = build_export_loader(cfg, data, plan.batches)
     counts, start = ExportCounts(), time.monotonic()
     with (

@@ -1,33 +1,30 @@
 """Everything a training run can know to be wrong before it computes anything, found in one go.
 
-Each check adds lines to a list; `require_no_problems` turns them into one error. What the checks open (image indices,
-the embedding store) is what the run then reads.
+Each check adds lines to a list; `sam3_train.errors.require_no_problems` makes one error of them. What the checks open
+(image indices, the embedding store) is what the run then reads.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from yacs.config import CfgNode
 
 from sam3.backbones import backbone_spec
 from sam3.config import Sam3Config
-from sam3.preprocess import Preprocess, PreprocessMismatchError
+from sam3.preprocess import Preprocess
 from sam3_train.config import config_changes, config_to_dict
 from sam3_train.data.augmentation import AugmentSpec
 from sam3_train.data.image_index import ImageIndex
 from sam3_train.embeddings import EmbeddingStore
-from sam3_train.errors import UserError
+from sam3_train.errors import UserError, attempt
 from stage1.config import RANDOM_INIT, model_config, preprocess_config, teacher_config
 from stage1.data.build import image_index_from_config
 from stage1.export_data import augment_config
 from stage1.feature_scale import NORMALIZATIONS
-
-T = TypeVar("T")
 
 PER_STUDENT_KEYS = frozenset({"OUTPUT", *(f"MODEL.{k}" for k in ("NAME", "BACKBONE", "FUSE_STRIDE16", "PRETRAINED"))})
 """Settings in which students of one run may differ; all else belongs to the pass over the data."""
@@ -44,25 +41,6 @@ class TrainingData:
     store: EmbeddingStore | None
     """None with an online teacher."""
     augment: AugmentSpec | None
-
-
-def require_no_problems(problems: Sequence[str]) -> None:
-    """Raise one error for all problems found.
-
-    Raises:
-        UserError: If there is any.
-    """
-    if problems:
-        raise UserError.from_problems("nothing was computed, the run cannot start", problems)
-
-
-def attempt(problems: list[str], check: Callable[[], T]) -> T | None:
-    """The check's result; what a user can repair goes to the problems instead of ending the preflight."""
-    try:
-        return check()
-    except (UserError, PreprocessMismatchError) as error:
-        problems.append(str(error))
-        return None
 
 
 def student_names(cfgs: Sequence[CfgNode]) -> list[str]:

@@ -17,6 +17,7 @@ from sam3.model.student_encoder import build_student
 from sam3_train.checkpoint import CheckpointManager, load_checkpoint, load_common
 from sam3_train.config import apply_flags, load_config, set_key, write_run_record
 from sam3_train.distributed import RunContext
+from sam3_train.errors import attempt, require_no_problems
 from sam3_train.loop import fit_many
 from sam3_train.run_lock import RunLock
 from sam3_train.schedule import Schedule, build_schedule, lr_warning
@@ -24,13 +25,11 @@ from sam3_train.train_state import BatchLayout, resume_problems
 from stage1.config import get_defaults
 from stage1.preflight import (
     TrainingData,
-    attempt,
     check_data,
     check_disk,
     check_settings,
     check_students,
     default_output,
-    require_no_problems,
 )
 from stage1.training import build_members, build_source, run_identity
 

@@ -7,6 +7,7 @@ encoder, necks and decoders are never built: 446 M parameters of the released 86
 from __future__ import annotations
 
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -58,11 +59,7 @@ class Teacher:
         from sam3.model_builder import build_sam3_trunk
 
         config = teacher_config(cfg)
-        if not cfg.MODEL.SAM3_CHECKPOINT and config.name != "sam3":
-            raise UserError(
-                f"MODEL.SAM3_CHECKPOINT is empty: only the preset sam3 has a file on the hub, not {config.name!r}; "
-                "name the teacher's checkpoint, e.g. data/demo/tiny_teacher.safetensors"
-            )
+        require_teacher_file(cfg)
         # SAM 3 was trained in bf16; in fp16 its trunk can overflow, so auto takes bf16 where there is one.
         dtype = pick_dtype(cfg, device)
         trunk = build_sam3_trunk(cfg.MODEL.SAM3_CHECKPOINT or None, config=config, device=device)
@@ -91,4 +88,40 @@ class Teacher:
     @property
     def description(self) -> dict[str, str]:
         """What an embedding store records about the teacher."""
-        return {"name": self.config.name, "sha256": self.sha256, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {"name": self.config.name, "sha256": self.sha256, "dtype": dtype_name(self.dtype)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def require_teacher_file(cfg: CfgNode) -> None:
+    """Check that ``MODEL.SAM3_CHECKPOINT`` names a file, or that the hub has one for the preset.
+
+    Raises:
+        UserError: If not.
+    """
+    path = cfg.MODEL.SAM3_CHECKPOINT
+    if path and not Path(path).is_file():
+        raise UserError(
+            f"MODEL.SAM3_CHECKPOINT: there is no file {path}; download sam3.pt there, name another file, or set it to "
+            '"" to fetch the gated file from the hub'
+        )
+    if not path and teacher_config(cfg).name != "sam3":
+        raise UserError(
+            f"MODEL.SAM3_CHECKPOINT is empty: only the preset sam3 has a file on the hub, not {cfg.MODEL.PRESET!r}; "
+            "name the teacher's checkpoint, e.g. data/demo/tiny_teacher.safetensors"
+        )
+
+
+def trunk_file_sha256(path: str | Path, config: Sam3Config) -> str:
+    """What `Teacher.sha256` will be for a file: its trunk is read and hashed, nothing is computed.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged or of another model.
+    """
+    from sam3.model_builder import build_sam3_trunk
+
+    trunk = build_sam3_trunk(path, config=config, device="cpu")
+    return state_dict_sha256(dict(trunk.named_parameters()))

@@ -23,6 +23,7 @@ _MODEL_ERRORS = (
     ("sam3.checkpoint_io", "CheckpointError"),
     ("sam3.image_input", "ImageInputError"),
     ("sam3.preprocess", "PreprocessMismatchError"),
+    ("sam3.sam.prompts", "PromptError"),
 )
 
 MainBody = Callable[["list[str] | None"], "int | None"]

@@ -5,7 +5,15 @@ Writing: `begin_export` once, then `plan_rank` and an `EmbeddingWriter` per rank
 """
 
 from sam3_train.embeddings.codecs import CODECS, Codec, compare_embeddings, measure_distortion
-from sam3_train.embeddings.plan import RankPlan, StoreState, begin_export, count_missing, plan_rank
+from sam3_train.embeddings.plan import (
+    RankPlan,
+    StoreState,
+    begin_export,
+    count_missing,
+    plan_rank,
+    require_continuable,
+    require_unique,
+)
 from sam3_train.embeddings.reader import Coverage, EmbeddingStore
 from sam3_train.embeddings.spec import StoreError, StoreInfo, StoreSpec, key_order_sha256
 from sam3_train.embeddings.writer import EmbeddingWriter
@@ -27,4 +35,6 @@ __all__ = [
     "key_order_sha256",
     "measure_distortion",
     "plan_rank",
+    "require_continuable",
+    "require_unique",
 ]

@@ -163,17 +163,34 @@ def hash_keys(keys: Iterable[str]) -> np.ndarray:
 
 
 def _open_or_create(directory: Path, spec: StoreSpec, world_size: int) -> StoreInfo:
-    info = read_store_info(directory)
-    present = find_ranks(directory)
+    info = require_continuable(directory, spec)
     if info is None:
+        info = StoreInfo(spec, new_export_id(), world_size, ())
+        write_store_info(directory, info)
+    elif world_size > info.ranks:
+        info = replace(info, ranks=world_size)
+        write_store_info(directory, info)
+    return info
+
+
+def require_continuable(directory: Path, spec: StoreSpec) -> StoreInfo | None:
+    """Check that an export of ``spec`` may write to a folder. Nothing is written.
+
+    Returns:
+        What the store in the folder says about itself, or None if there is none yet.
+
+    Raises:
+        StoreError: If the folder holds a store that ``spec`` does not fit, or files of another export.
+    """
+    info = read_store_info(directory) if directory.is_dir() else None
+    if info is None:
+        present = find_ranks(directory) if directory.is_dir() else []
         if present:
             raise StoreError(
                 f"{directory}: holds rank files ({', '.join(f'rank{rank}' for rank in present[:4])}) without a "
                 "store.json, so what made them is unknown; use another output folder or move them away"
             )
-        info = StoreInfo(spec, new_export_id(), world_size, ())
-        write_store_info(directory, info)
-        return info
+        return None
     differences = info.spec.differences(spec)
     if differences:
         raise StoreError(
@@ -182,9 +199,6 @@ def _open_or_create(directory: Path, spec: StoreSpec, world_size: int) -> StoreI
             + "\nUse the store's settings, or another output folder."
         )
     require_no_stale_ranks(directory, info)
-    if world_size > info.ranks:
-        info = replace(info, ranks=world_size)
-        write_store_info(directory, info)
     return info
 
 
