@@ -1,0 +1,95 @@
+"""The fusion encoder: image tokens read each other and the prompt.
+
+Restates the encoder of Meta's SAM 3 package 0.1.4. Its layer is `TransformerLayer`, in which ``cross_attn_image``
+reads the prompt here, in spite of its name.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sam3.config import FusionEncoderConfig
+from sam3.model.attention_layers import TransformerLayer
+
+
+class EncoderOutput(NamedTuple):
+    """Image tokens after they have read the prompt, with what the decoder needs to know about them."""
+
+    memory: Tensor
+    """Fused image tokens, (L, B, C); L = H * W, row by row."""
+    pos_embed: Tensor
+    """Their position code, (L, B, C)."""
+    padding_mask: None
+    """Always None: every image token is valid."""
+    level_start_index: Tensor
+    """First token of each level: [0], as there is one level."""
+    spatial_shapes: Tensor
+    """(H, W) of each level, int64, (1, 2)."""
+    valid_ratios: Tensor
+    """Share of each level that is no padding: ones, (B, 1, 2)."""
+    memory_text: Tensor
+    """The prompt, unchanged, (T, B, C)."""
+    size_hw: tuple[int, int]
+    """``spatial_shapes`` as numbers, which cost no synchronisation with the device."""
+
+
+class TransformerEncoderFusion(nn.Module):
+    """Pre-norm layers without a final norm; ``layers.{i}``.
+
+    Attributes:
+        use_checkpointing: Recompute each layer in the backward pass instead of keeping its activations; acts in
+            training alone and changes no result.
+    """
+
+    def __init__(self, config: FusionEncoderConfig, hidden_dim: int, use_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.use_checkpointing = use_checkpointing
+        self.layers = nn.ModuleList(
+            TransformerLayer(hidden_dim, config.num_heads, config.mlp_dim, config.dropout)
+            for _ in range(config.num_layers)
+        )
+
+    def forward(
+        self,
+        src: Tensor,
+        prompt: Tensor,
+        src_pos: Tensor,
+        prompt_key_padding_mask: Tensor | None,
+        size_hw: tuple[int, int],
+    ) -> EncoderOutput:
+        """
+        Args:
+            src: Image tokens, one image for every prompt, (L, B, C).
+            prompt: Text and geometry tokens, (T, B, C).
+            src_pos: Position code of the image tokens, (L, B, C) or (L, 1, C).
+            prompt_key_padding_mask: bool, (B, T), True for prompt tokens that are padding.
+            size_hw: Height and width of the grid that the L tokens are the rows of.
+
+        Raises:
+            ValueError: If the grid has another number of tokens.
+        """
+        height, width = size_hw
+        num_tokens, batch, _ = src.shape
+        if num_tokens != height * width:
+            raise ValueError(f"fusion encoder: {num_tokens} image tokens are no grid of {height} x {width}")
+        tokens, context, pos = src.transpose(0, 1), prompt.transpose(0, 1), src_pos.transpose(0, 1)
+        for layer in self.layers:
+            inputs = (tokens, context, pos, None, None, prompt_key_padding_mask)
+            if self.training and self.use_checkpointing:
+                tokens = checkpoint(layer, *inputs, use_reentrant=False)
+            else:
+                tokens = layer(*inputs)
+        return EncoderOutput(
+            memory=tokens.transpose(0, 1),
+            pos_embed=src_pos.expand_as(src),
+            padding_mask=None,
+            level_start_index=torch.zeros(1, dtype=torch.int64, device=src.device),
+            spatial_shapes=torch.tensor([[height, width]], dtype=torch.int64, device=src.device),
+            valid_ratios=src.new_ones(batch, 1, 2),
+            memory_text=prompt,
+            size_hw=size_hw,
+        )
