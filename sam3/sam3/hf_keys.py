@@ -1,179 +1,184 @@
-"""Key map between the released layout and Hugging Face's ``Sam3VideoModel`` layout, dict to dict.
+"""Key map between the released layout and the layouts of Hugging Face's SAM 3 classes, dict to dict.
 
-Covers the parts that this version builds: trunk, both necks, prompt encoder, mask decoder. Most keys are renamed; these
-change shape:
+``Sam3VideoModel`` holds everything, and files on the Hub have its names; the other classes are views of it, with other
+prefixes (`to_video_names`). All 1,465 released keys are covered, in both directions; `sam3.hf_rules` is the table. What
+the layout of Hugging Face cannot hold:
 
-- fused queries, keys and values (``qkv``) are three tensors there;
-- the trunk's position table has no row for the (never read) class token there;
-- the four point embeddings are rows of one table there;
-- the Fourier matrix of the prompt encoder is stored twice there; rotary tables are not stored.
+- the rotary tables (``*.freqs_cis``), which both sides recompute;
+- the class token's row of the trunk's position table, which nothing reads: it comes back as zeros;
+- the six weights of the geometry encoder for point prompts (`POINT_PROJECTIONS`), because that implementation has no
+  point prompts for the detector: they do not come back.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from sam3.checkpoint_keys import UnknownLayoutError
+from sam3.hf_rules import SECTIONS, Op, Rule, fill
+
 HF_PREFIXES = ("detector_model.", "tracker_model.", "tracker_neck.")
-# Parts of the HF file that this version does not build.
-HF_UNBUILT_PARTS = (
-    "detector_model.text_encoder.",
-    "detector_model.text_projection.",
-    "detector_model.geometry_encoder.",
-    "detector_model.detr_encoder.",
-    "detector_model.detr_decoder.",
-    "detector_model.mask_decoder.",
-    "detector_model.dot_product_scoring.",
-    "tracker_model.memory_temporal_positional_encoding",
-    "tracker_model.no_memory_positional_encoding",
-    "tracker_model.no_object_pointer",
-    "tracker_model.occlusion_spatial_embedding_parameter",
-    "tracker_model.mask_downsample.",
-    "tracker_model.temporal_positional_encoding_projection_layer.",
-    "tracker_model.object_pointer_proj.",
-    "tracker_model.memory_attention.",
-    "tracker_model.memory_encoder.",
+POINT_PROJECTIONS = tuple(
+    f"detector.geometry_encoder.points_{name}_project.{leaf}"
+    for name in ("direct", "pool", "pos_enc")
+    for leaf in ("weight", "bias")
 )
+"""Released keys that Hugging Face's geometry encoder has no place for."""
 
-_VISION = "detector.backbone.vision_backbone."
-_TRUNK = _VISION + "trunk."
-_HF_TRUNK = "detector_model.vision_encoder.backbone."
-_PROMPT = "tracker.sam_prompt_encoder."
-_HF_PROMPT = "tracker_model.prompt_encoder."
-_DECODER = "tracker.sam_mask_decoder."
-_HF_DECODER = "tracker_model.mask_decoder."
-
-_POSITIONS = (_TRUNK + "pos_embed", _HF_TRUNK + "embeddings.position_embeddings")
-_QKV = (r"(blocks)\.(\d+)\.attn\.qkv\.(\w+)", r"(layers)\.(\d+)\.attention\.q_proj\.(\w+)")
-_POINTS = (_PROMPT + "point_embeddings.{}.weight", _HF_PROMPT + "point_embed.weight")
-_FOURIER = (
-    _PROMPT + "pe_layer.positional_encoding_gaussian_matrix",
-    (_HF_PROMPT + "shared_embedding.positional_embedding", "tracker_model.shared_image_embedding.positional_embedding"),
-)
-
-# (released, HF): literal text but for "#", an index, and "*", the rest of the key, which both sides share.
-_COPIES: tuple[tuple[str, str], ...] = (
-    (_TRUNK + "patch_embed.proj.weight", _HF_TRUNK + "embeddings.patch_embeddings.projection.weight"),
-    (_TRUNK + "ln_pre.*", _HF_TRUNK + "layer_norm.*"),
-    (_TRUNK + "blocks.#.norm1.*", _HF_TRUNK + "layers.#.layer_norm1.*"),
-    (_TRUNK + "blocks.#.norm2.*", _HF_TRUNK + "layers.#.layer_norm2.*"),
-    (_TRUNK + "blocks.#.attn.proj.*", _HF_TRUNK + "layers.#.attention.o_proj.*"),
-    (_TRUNK + "blocks.#.mlp.*", _HF_TRUNK + "layers.#.mlp.*"),
-    *(
-        (f"{_VISION}{neck}.#.{ours}.*", f"{hf_neck}.fpn_layers.#.{theirs}.*")
-        for neck, hf_neck in (("convs", "detector_model.vision_encoder.neck"), ("sam2_convs", "tracker_neck"))
-        for ours, theirs in (("conv_1x1", "proj1"), ("conv_3x3", "proj2"))
+_ROTARY_SUFFIX = ".attn.freqs_cis"
+_TWINS = {rule.hf_again: rule.hf for section in SECTIONS for rule in section.rules if rule.op is Op.TWICE}
+# Class -> a key that only it has, and what its keys are called in Sam3VideoModel.
+_VIEWS: dict[str, tuple[str, tuple[tuple[str, str], ...]]] = {
+    "Sam3Model": ("detr_decoder.query_embed.weight", (("", "detector_model."),)),
+    "Sam3TrackerModel": (
+        "mask_decoder.iou_token.weight",
+        (
+            ("vision_encoder.neck.", "tracker_neck."),
+            ("vision_encoder.backbone.", "detector_model.vision_encoder.backbone."),
+            ("", "tracker_model."),
+        ),
     ),
-    *(
-        (f"{_VISION}{neck}.{level}.{ours}.*", f"{hf_neck}.fpn_layers.{level}.scale_layers.{theirs}.*")
-        for neck, hf_neck in (("convs", "detector_model.vision_encoder.neck"), ("sam2_convs", "tracker_neck"))
-        for level, ours, theirs in ((0, "dconv_2x2_0", 0), (0, "dconv_2x2_1", 2), (1, "dconv_2x2", 0))
-    ),
-    ("tracker.no_mem_embed", "tracker_model.no_memory_embedding"),
-    (_PROMPT + "not_a_point_embed.*", _HF_PROMPT + "not_a_point_embed.*"),
-    (_PROMPT + "no_mask_embed.*", _HF_PROMPT + "no_mask_embed.*"),
-    (_PROMPT + "mask_downscaling.0.*", _HF_PROMPT + "mask_embed.conv1.*"),
-    (_PROMPT + "mask_downscaling.1.*", _HF_PROMPT + "mask_embed.layer_norm1.*"),
-    (_PROMPT + "mask_downscaling.3.*", _HF_PROMPT + "mask_embed.conv2.*"),
-    (_PROMPT + "mask_downscaling.4.*", _HF_PROMPT + "mask_embed.layer_norm2.*"),
-    (_PROMPT + "mask_downscaling.6.*", _HF_PROMPT + "mask_embed.conv3.*"),
-    *(
-        (f"{_DECODER}transformer.{block}.out_proj.*", f"{_HF_DECODER}transformer.{block}.o_proj.*")
-        for block in (
-            "layers.#.self_attn",
-            "layers.#.cross_attn_token_to_image",
-            "layers.#.cross_attn_image_to_token",
-            "final_attn_token_to_image",
-        )
-    ),
-    *(
-        (f"{_DECODER}transformer.layers.#.norm{i}.*", f"{_HF_DECODER}transformer.layers.#.layer_norm{i}.*")
-        for i in (1, 2, 3, 4)
-    ),
-    (_DECODER + "transformer.layers.#.mlp.lin1.*", _HF_DECODER + "transformer.layers.#.mlp.proj_in.*"),
-    (_DECODER + "transformer.layers.#.mlp.lin2.*", _HF_DECODER + "transformer.layers.#.mlp.proj_out.*"),
-    (_DECODER + "transformer.norm_final_attn.*", _HF_DECODER + "transformer.layer_norm_final_attn.*"),
-    (_DECODER + "output_upscaling.0.*", _HF_DECODER + "upscale_conv1.*"),
-    (_DECODER + "output_upscaling.1.*", _HF_DECODER + "upscale_layer_norm.*"),
-    (_DECODER + "output_upscaling.3.*", _HF_DECODER + "upscale_conv2.*"),
-    *(
-        (f"{_DECODER}{mlp}.layers.{ours}.*", f"{_HF_DECODER}{mlp}.{theirs}.*")
-        for mlp in ("output_hypernetworks_mlps.#", "iou_prediction_head", "pred_obj_score_head")
-        for ours, theirs in (("0", "proj_in"), ("1", "layers.0"), ("2", "proj_out"))
-    ),
-    # What is left of the decoder has the same names: q, k and v projections, tokens, skip convolutions.
-    (_DECODER + "*", _HF_DECODER + "*"),
-)
+}
 
 
 def is_hf_layout(keys: Mapping[str, object]) -> bool:
-    """Whether these are the keys of a Hugging Face file."""
-    return any(key.startswith(HF_PREFIXES) for key in keys)
+    """Whether these are the keys of one of Hugging Face's classes."""
+    return hf_class(keys) is not None
+
+
+def hf_class(keys: Mapping[str, object]) -> str | None:
+    """The class whose names these are (``Sam3TrackerModel`` also stands for its video form), or None."""
+    if any(key.startswith(HF_PREFIXES) for key in keys):
+        return "Sam3VideoModel"
+    for name, (mark, _) in _VIEWS.items():
+        if mark in keys:
+            return name
+    return None
+
+
+def to_video_names(hf: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The names of any of the four classes -> those of ``Sam3VideoModel``, the ones that files on the Hub have."""
+    name = hf_class(hf)
+    if name not in _VIEWS:
+        return dict(hf)
+    renamed = {}
+    for key, value in hf.items():
+        old, new = next(pair for pair in _VIEWS[name][1] if key.startswith(pair[0]))
+        renamed[new + key.removeprefix(old)] = value
+    return renamed
+
+
+def is_in_hf(key: str) -> bool:
+    """Whether a released key has a place in Hugging Face's layout."""
+    return not key.endswith(_ROTARY_SUFFIX) and key not in POINT_PROJECTIONS
 
 
 def released_to_hf(released: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Released names -> HF names for the parts that this version builds.
+    """Released names -> ``Sam3VideoModel`` names. Tensors are renamed or become views; only stacked rows are copied.
 
     Raises:
-        KeyError: If a key belongs to none of them.
+        UnknownLayoutError: If a key is none of the released model's, such as a student's; or rows are missing.
     """
     renamed: dict[str, Tensor] = {}
-    point_rows: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
     for key, value in released.items():
-        qkv = re.fullmatch(re.escape(_TRUNK) + _QKV[0], key)
-        if key.endswith(".freqs_cis"):
+        if not is_in_hf(key):
             continue
-        if key == _POSITIONS[0]:
-            renamed[_POSITIONS[1]] = value[:, 1:]
-        elif qkv:
-            for name, part in zip("qkv", value.chunk(3), strict=True):
-                renamed[f"{_HF_TRUNK}layers.{qkv[2]}.attention.{name}_proj.{qkv[3]}"] = part
-        elif key.startswith(_POINTS[0].split("{}")[0]):
-            point_rows[key] = value
-        elif key == _FOURIER[0]:
-            renamed.update(dict.fromkeys(_FOURIER[1], value))
+        rule, name = _match(key, lambda section: section.released, lambda rule: rule.released_regex)
+        if rule.op is Op.SPLIT:
+            for letter, part in zip("qkv", _thirds(key, value), strict=True):
+                renamed[name(rule.hf, letter)] = part
+        elif rule.op is Op.ROWS:
+            rows.setdefault(rule.hf, {})[int(key.split(".")[-2])] = value
         else:
-            renamed[_rename(key, _COPIES)] = value
-    if point_rows:
-        renamed[_POINTS[1]] = torch.cat([point_rows[_POINTS[0].format(i)] for i in range(len(point_rows))])
+            renamed[name(rule.hf)] = _CHANGE_TO_HF[rule.op](value)
+        if rule.op is Op.TWICE:
+            renamed[rule.hf_again] = value
+    for target, tables in rows.items():
+        if sorted(tables) != list(range(len(tables))):
+            raise UnknownLayoutError(f"{target!r} needs consecutive rows from 0, there are {sorted(tables)}")
+        renamed[target] = torch.cat([tables[index] for index in range(len(tables))])
     return renamed
 
 
 def released_from_hf(hf: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """HF names -> released names; `HF_UNBUILT_PARTS` are left out.
+    """Names of any of the four classes -> released names. Fused tensors are copied, all others are views.
 
     Raises:
-        KeyError: If a key belongs to no known part; or if a tensor that is stored in pieces is incomplete.
+        UnknownLayoutError: If a key belongs to no known part, or a tensor that is stored in pieces is incomplete.
     """
-    inverse = tuple((theirs, ours) for ours, theirs in _COPIES)
+    hf = to_video_names(hf)
     renamed: dict[str, Tensor] = {}
     for key, value in hf.items():
-        q = re.fullmatch(re.escape(_HF_TRUNK) + _QKV[1], key)
-        if key.startswith(HF_UNBUILT_PARTS) or key == _FOURIER[1][1]:
-            continue
-        if key == _POSITIONS[1]:
-            renamed[_POSITIONS[0]] = torch.cat([torch.zeros_like(value[:, :1]), value], dim=1)
-        elif q:
-            parts = [hf[key.replace("q_proj", f"{name}_proj")] for name in "qkv"]
-            renamed[f"{_TRUNK}blocks.{q[2]}.attn.qkv.{q[3]}"] = torch.cat(parts)
-        elif key.startswith(_HF_TRUNK) and re.search(r"\.attention\.[kv]_proj\.", key):
-            continue  # taken together with q_proj
-        elif key == _POINTS[1]:
-            renamed.update({_POINTS[0].format(i): row[None] for i, row in enumerate(value)})
-        elif key == _FOURIER[1][0]:
-            renamed[_FOURIER[0]] = value
+        if key in _TWINS and _TWINS[key] in hf:
+            continue  # the other one is taken
+        rule, name = _match(_TWINS.get(key, key), lambda section: section.hf, lambda rule: rule.hf_regex)
+        if rule.op is Op.SPLIT:
+            target = name(rule.released)
+            if target not in renamed:
+                renamed[target] = _fused(hf, [name(rule.hf, letter) for letter in "qkv"])
+        elif rule.op is Op.ROWS:
+            renamed.update({rule.released.replace("#", str(i)): row[None] for i, row in enumerate(value)})
         else:
-            renamed[_rename(key, inverse)] = value
+            renamed[name(rule.released)] = _CHANGE_FROM_HF[rule.op](value)
     return renamed
 
 
-def _rename(key: str, rules: tuple[tuple[str, str], ...]) -> str:
-    for old, new in rules:
-        match = re.fullmatch(re.escape(old).replace(r"\#", r"(?P<index>\d+)").replace(r"\*", r"(?P<rest>.+)"), key)
-        if match:
-            groups = match.groupdict()
-            return new.replace("#", groups.get("index", "")).replace("*", groups.get("rest", ""))
-    raise KeyError(f"no rule for the key {key!r}")
+def _match(key: str, prefix: Callable, regex: Callable) -> tuple[Rule, Callable[..., str]]:
+    """The rule of a key, and a function that fills in one of the rule's patterns."""
+    for section in SECTIONS:
+        if not key.startswith(prefix(section)):
+            continue
+        for rule in section.rules:
+            match = regex(rule).fullmatch(key)
+            if match:
+                return rule, lambda pattern, letter="", m=match: fill(pattern, m, qkv=letter)
+        break
+    raise UnknownLayoutError(f"no rule for the key {key!r}")
+
+
+def _thirds(key: str, value: Tensor) -> tuple[Tensor, ...]:
+    if value.ndim == 0 or value.shape[0] % 3:
+        raise UnknownLayoutError(f"{key!r} of shape {tuple(value.shape)} is not queries, keys and values")
+    return value.chunk(3)
+
+
+def _fused(hf: Mapping[str, Tensor], names: list[str]) -> Tensor:
+    missing = [name for name in names if name not in hf]
+    if missing:
+        raise UnknownLayoutError(f"the key {missing[0]!r} is missing beside {next(n for n in names if n in hf)!r}")
+    shapes = {tuple(hf[name].shape) for name in names}
+    if len(shapes) > 1:
+        raise UnknownLayoutError(f"{', '.join(names)} differ in shape: {sorted(shapes)}")
+    return torch.cat([hf[name] for name in names])
+
+
+def _without_class_token(table: Tensor) -> Tensor:
+    return table[:, 1:]
+
+
+def _with_class_token(table: Tensor) -> Tensor:
+    if table.ndim != 3:
+        raise UnknownLayoutError(f"the trunk's position table has shape {tuple(table.shape)}, expected (1, N, C)")
+    return torch.cat([torch.zeros_like(table[:, :1]), table], dim=1)
+
+
+def _unchanged(value: Tensor) -> Tensor:
+    return value
+
+
+_CHANGE_TO_HF: dict[Op, Callable[[Tensor], Tensor]] = {
+    Op.COPY: _unchanged,
+    Op.TWICE: _unchanged,
+    Op.TRANSPOSE: lambda matrix: matrix.mT,
+    Op.NO_CLASS_TOKEN: _without_class_token,
+}
+_CHANGE_FROM_HF: dict[Op, Callable[[Tensor], Tensor]] = {
+    Op.COPY: _unchanged,
+    Op.TWICE: _unchanged,
+    Op.TRANSPOSE: lambda matrix: matrix.mT,
+    Op.NO_CLASS_TOKEN: _with_class_token,
+}

@@ -134,8 +134,8 @@ def _to_released_layout(state_dict: Mapping[str, Tensor], source: str) -> dict[s
         return released_layout(state_dict, source)
     try:
         return released_from_hf(state_dict)
-    except KeyError as error:
-        raise CheckpointError(f"{source}: looks like a Hugging Face file, but {error.args[0]}") from error
+    except UnknownLayoutError as error:
+        raise CheckpointError(f"{source}: looks like a Hugging Face file, but {error}") from error
 
 
 def _config_from_record(metadata: Mapping[str, Any], path: Path) -> Sam3Config | None:
