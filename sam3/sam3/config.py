@@ -223,9 +223,15 @@ class Sam3Config:
     def from_dict(cls, data: dict[str, Any]) -> Sam3Config:
         """Inverse of `to_dict`.
 
+        A record from a version that knew fewer components lacks their fields: they come from the preset that the
+        record is named after, and only for another name from ``sam3``.
+
         Raises:
             ValueError: If a field is unknown; the message names it and the known ones.
         """
+        preset = PRESETS.get(str(data.get("name")))
+        if preset is not None:
+            data = _with_defaults(data, preset.to_dict())
         return _from_plain(cls, data, "model description")
 
     @classmethod
@@ -253,6 +259,15 @@ def _dict_differences(mine: Any, theirs: Any, path: str) -> list[str]:
             lines += _dict_differences(mine.get(key), theirs.get(key), f"{path}.{key}" if path else key)
         return lines
     return [] if mine == theirs else [f"{path}: {mine!r} != {theirs!r}"]
+
+
+def _with_defaults(data: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """``data`` with what it lacks taken from ``defaults``, at every level."""
+    filled = {**defaults, **data}
+    for key, value in data.items():
+        if isinstance(value, dict) and isinstance(defaults.get(key), dict):
+            filled[key] = _with_defaults(value, defaults[key])
+    return filled
 
 
 def _to_plain(value: Any) -> Any:

@@ -14,6 +14,19 @@ def test_a_description_survives_json(name: str) -> None:
     assert Sam3Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_record_of_a_version_without_the_detector_takes_its_sizes_from_the_preset() -> None:
+    tiny = Sam3Config.preset("tiny").replace(student=StudentConfig("repvit_m1_1"))
+    record = json.loads(json.dumps(tiny.to_dict()))
+    for later in ("text", "geometry_encoder", "fusion_encoder", "decoder", "scoring", "segmentation_head"):
+        del record[later]
+    del record["sam_heads"]["head_depth"]
+    assert Sam3Config.from_dict(record) == tiny
+    record["hidden_dim"] = 32
+    assert Sam3Config.from_dict(record) == tiny.replace(hidden_dim=32)
+    other = Sam3Config.from_dict(record | {"name": "my own"})
+    assert other.trunk == tiny.trunk and other.decoder == Sam3Config().decoder
+
+
 def test_the_released_sizes() -> None:
     config = Sam3Config.preset("sam3")
     assert (config.grid_size, config.embedding_shape, config.low_res_mask_size) == (72, (1024, 72, 72), 288)
