@@ -251,7 +251,7 @@ class TransformerDecoder(nn.Module):
     def _axis_bias(embed: MLP, edges: Tensor, size: int) -> Tensor:
         """(B, N, 2) edges -> (B, heads, 1 + N, size), with the presence token's zeros in front."""
         offsets = log_offsets(edges, size)
-        bias = embed(offsets.to(embed.layers[0].weight.dtype))
+        bias = embed(offsets.to(next(embed.parameters()).dtype))
         return F.pad(bias.permute(0, 3, 1, 2), (0, 0, 1, 0))
 
 
