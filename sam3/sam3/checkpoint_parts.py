@@ -1,0 +1,68 @@
+"""The parts of a released file: what a file may hold as a whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from sam3.checkpoint_keys import TRUNK_PREFIX
+
+NECK_PREFIX = "detector.backbone.vision_backbone.convs."
+SAM2_NECK_PREFIX = "detector.backbone.vision_backbone.sam2_convs."
+TEXT_PREFIX = "detector.backbone.language_backbone."
+SEGMENTATION_PREFIX = "detector.segmentation_head."
+DETECTOR_CORE_PREFIXES = ("detector.geometry_encoder.", "detector.transformer.", "detector.dot_prod_scoring.")
+"""What every detector has: they are built together or not at all."""
+HEADS_PREFIXES = ("tracker.sam_prompt_encoder.", "tracker.sam_mask_decoder.", "tracker.no_mem_embed")
+UNBUILT_PARTS = (
+    "tracker.maskmem_tpos_enc",
+    "tracker.no_mem_pos_enc",
+    "tracker.no_obj_ptr",
+    "tracker.no_obj_embed_spatial",
+    "tracker.mask_downsample.",
+    "tracker.obj_ptr_proj.",
+    "tracker.obj_ptr_tpos_proj.",
+    "tracker.transformer.",
+    "tracker.maskmem_backbone.",
+)
+"""Parts of the released file that an image model never has: the tracker's memory."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A group of tensors that only make sense together.
+
+    Attributes:
+        name: As people read it, and as ``model.missing_parts`` lists it.
+        prefixes: Beginnings of its released names.
+        is_optional: Whether a model can be built without it.
+    """
+
+    name: str
+    prefixes: tuple[str, ...]
+    is_optional: bool = True
+
+
+TRUNK = Part("trunk", (TRUNK_PREFIX,), is_optional=False)
+NECK = Part("detector neck", (NECK_PREFIX,), is_optional=False)
+TEXT = Part("text encoder", (TEXT_PREFIX,))
+DETECTOR = Part("detector", DETECTOR_CORE_PREFIXES)
+SEGMENTATION = Part("segmentation head", (SEGMENTATION_PREFIX,))
+HEADS = Part("SAM heads", (SAM2_NECK_PREFIX, *HEADS_PREFIXES))
+MEMORY = Part("tracker memory", UNBUILT_PARTS)
+BUILT_PARTS = (TRUNK, NECK, TEXT, DETECTOR, SEGMENTATION, HEADS)
+"""What an image model can have."""
+PARTS = (*BUILT_PARTS, MEMORY)
+POINT_PROMPTS = "point prompts of the detector"
+"""Stands in ``missing_parts`` for `sam3.hf_keys.POINT_PROJECTIONS`, which files of Hugging Face lack."""
+
+
+def part_of(key: str, parts: Sequence[Part] = PARTS) -> Part | None:
+    """The part that a released key belongs to, or None."""
+    return next((part for part in parts if key.startswith(part.prefixes)), None)
+
+
+def parts_in(keys: Iterable[str]) -> tuple[Part, ...]:
+    """The parts of which at least one key is there, in the order of `PARTS`."""
+    found = {part_of(key) for key in keys}
+    return tuple(part for part in PARTS if part in found)
