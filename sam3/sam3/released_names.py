@@ -6,14 +6,14 @@ The model's own names are the released ones without ``detector.``; the SAM heads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TypeVar
 
 from torch import Tensor, nn
 
+from sam3.checkpoint_fit import check_fit, first
 from sam3.checkpoint_io import CheckpointError
 from sam3.checkpoint_keys import (
-    BACKBONE_PREFIX,
     DETECTOR_PREFIX,
     STUDENT_PREFIX,
     TRACKER_PREFIX,
@@ -22,32 +22,33 @@ from sam3.checkpoint_keys import (
     student_from_published,
     student_to_published,
 )
+from sam3.checkpoint_parts import (
+    DETECTOR_CORE_PREFIXES,
+    SAM2_NECK_PREFIX,
+    SEGMENTATION_PREFIX,
+    TEXT_PREFIX,
+    UNBUILT_PARTS,
+)
 from sam3.config import Sam3Config
 from sam3.model.sam3_image import Sam3Image
 
 T = TypeVar("T")
 
 HEADS_PREFIX = "inst_interactive_predictor.model."
-SAM2_NECK_PREFIX = "detector.backbone.vision_backbone.sam2_convs."
-RECOMPUTED_SUFFIX = ".attn.freqs_cis"
 
-# Parts of the released file that this version does not build. Nothing else may be left over when a file is loaded.
-UNBUILT_PARTS = (
-    "detector.backbone.language_backbone.",
-    "detector.geometry_encoder.",
-    "detector.transformer.",
-    "detector.segmentation_head.",
-    "detector.dot_prod_scoring.",
-    "tracker.maskmem_tpos_enc",
-    "tracker.no_mem_pos_enc",
-    "tracker.no_obj_ptr",
-    "tracker.no_obj_embed_spatial",
-    "tracker.mask_downsample.",
-    "tracker.obj_ptr_proj.",
-    "tracker.obj_ptr_tpos_proj.",
-    "tracker.transformer.",
-    "tracker.maskmem_backbone.",
-)
+
+def absent_parts(model: Sam3Image) -> tuple[str, ...]:
+    """Beginnings of the released names that a file may hold and this model was built without."""
+    absent: tuple[str, ...] = UNBUILT_PARTS
+    if model.inst_interactive_predictor is None:
+        absent += (SAM2_NECK_PREFIX, TRACKER_PREFIX)
+    if not model.has_detector:
+        absent += DETECTOR_CORE_PREFIXES
+    if model.segmentation_head is None:
+        absent += (SEGMENTATION_PREFIX,)
+    if model.backbone.language_backbone is None:
+        absent += (TEXT_PREFIX,)
+    return absent
 
 
 def released_layout(state_dict: Mapping[str, T], source: str) -> dict[str, T]:
@@ -109,8 +110,8 @@ def load_released(model: Sam3Image, state_dict: Mapping[str, Tensor], source: st
     """Load a file's weights into a model, which may be on the meta device.
 
     Strict: every weight of the model must be in the file with the right shape, and what the file holds beyond the
-    model must belong to `UNBUILT_PARTS` (or to the SAM heads, if the model was built without them). Each tensor takes
-    the dtype and device of the parameter it replaces; on the CPU and in the same dtype it stays memory-mapped.
+    model must belong to a part that the model was built without (`absent_parts`). Each tensor takes the dtype and
+    device of the parameter it replaces; on the CPU and in the same dtype it stays memory-mapped.
 
     Args:
         model: The model; its ``config`` says what it is.
@@ -121,12 +122,10 @@ def load_released(model: Sam3Image, state_dict: Mapping[str, Tensor], source: st
         CheckpointError: If the file does not fit; the message lists the first differing keys.
     """
     released = released_layout(state_dict, source)
-    unused: tuple[str, ...] = UNBUILT_PARTS
-    if model.inst_interactive_predictor is None:
-        unused = (*unused, SAM2_NECK_PREFIX, TRACKER_PREFIX)
-    weights = {key: value for key, value in released.items() if not key.startswith(unused)}
+    absent = absent_parts(model)
+    weights = {key: value for key, value in released.items() if not key.startswith(absent)}
     expected = to_released(model.state_dict(), model.config)
-    _check_fit(weights, expected, source, model.config)
+    check_fit(weights, expected, source, model.config)
     _assign(model, from_released(weights, model.config), source)
 
 
@@ -140,43 +139,9 @@ def load_trunk(trunk: nn.Module, config: Sam3Config, state_dict: Mapping[str, Te
     weights = {key: value for key, value in released.items() if key.startswith(TRUNK_PREFIX)}
     own = {TRUNK_PREFIX + key: value for key, value in trunk.state_dict().items()}
     expected = _rename_student(own, config, student_to_published)
-    _check_fit(weights, expected, source, config)
+    check_fit(weights, expected, source, config)
     weights = _rename_student(weights, config, student_from_published)
     _assign(trunk, {key.removeprefix(TRUNK_PREFIX): value for key, value in weights.items()}, source)
-
-
-def _check_fit(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str, config: Sam3Config) -> None:
-    """Compare keys and shapes; rotary tables may be missing, because they are recomputed."""
-    missing = [key for key in expected if key not in weights and not key.endswith(RECOMPUTED_SUFFIX)]
-    unexpected = [key for key in weights if key not in expected]
-    misshapen = [
-        f"{key}: file {tuple(weights[key].shape)}, model {tuple(expected[key].shape)}"
-        for key in expected
-        if key in weights and weights[key].shape != expected[key].shape
-    ]
-    if not (missing or unexpected or misshapen):
-        return
-    model = config.name if config.student is None else f"{config.name} with student {config.student.backbone}"
-    lines = [f"{source}: the file does not fit the model {model!r} ({_describe(weights)})"]
-    for what, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen)):
-        if keys:
-            lines.append(f"  {len(keys)} {what}: {_first(keys)}")
-    raise CheckpointError("\n".join(lines))
-
-
-def _describe(weights: Mapping[str, Tensor]) -> str:
-    if any(key.startswith(STUDENT_PREFIX + BACKBONE_PREFIX) for key in weights):
-        return "it holds a student in the trunk's place"
-    patch = weights.get(TRUNK_PREFIX + "patch_embed.proj.weight")
-    if patch is not None:
-        return f"it holds a ViT trunk of width {patch.shape[0]}"
-    if any(key.startswith(TRUNK_PREFIX) for key in weights):
-        return "it holds a trunk of an unknown kind"
-    return f"it holds no trunk: no key begins with {TRUNK_PREFIX}"
-
-
-def _first(keys: Sequence[str], count: int = 3) -> str:
-    return ", ".join(keys[:count]) + (", ..." if len(keys) > count else "")
 
 
 def _assign(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -188,7 +153,7 @@ def _assign(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> No
         raise CheckpointError(f"{source}: {error}") from error
     leftover = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if leftover:
-        raise RuntimeError(f"{source}: {_first(leftover)} got no value while loading (a bug: the keys were checked)")
+        raise RuntimeError(f"{source}: {first(leftover)} got no value while loading (a bug: the keys were checked)")
 
 
 def _like(tensor: Tensor, own: Tensor) -> Tensor:
