@@ -60,11 +60,11 @@ class SamHeads(nn.Module):
             sam2_backbone_out: From ``backbone.forward_image``: ``backbone_fpn`` holds three maps, finest first.
         """
         fine, middle, coarse = sam2_backbone_out["backbone_fpn"]
-        return SamFeatures(
-            embedding=coarse + self.no_mem_embed.transpose(1, 2)[..., None],
-            fine=self.sam_mask_decoder.conv_s0(fine),
-            middle=self.sam_mask_decoder.conv_s1(middle),
-        )
+        return self.join_maps(self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle), coarse)
+
+    def join_maps(self, fine: Tensor, middle: Tensor, coarse: Tensor) -> SamFeatures:
+        """`image_features` from skip maps that the decoder's ``conv_s0`` and ``conv_s1`` have narrowed already."""
+        return SamFeatures(coarse + self.no_mem_embed.transpose(1, 2)[..., None], fine, middle)
 
     def forward_prompts(
         self,

@@ -5,7 +5,8 @@ Coordinates are x, y in pixels of the image that was set; masks come back in tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from sam3.image_input import to_rgb_uint8
 from sam3.preprocess import Preprocess
 from sam3.sam.connected_components import fill_holes
 from sam3.sam.heads import SamFeatures, SamHeads
-from sam3.sam.prompts import Prompts
+from sam3.sam.prompts import PromptError, Prompts
 
 Masks = tuple[np.ndarray, np.ndarray, np.ndarray]
 
@@ -102,6 +103,24 @@ class SAM3InteractiveImagePredictor(nn.Module):
         self._original_hws = [(p.shape[-2], p.shape[-1]) for p in pixels]
         self._is_batch = is_batch
 
+    @contextmanager
+    def using(
+        self, features: SamFeatures, original_hws: Sequence[tuple[int, int]], is_batch: bool
+    ) -> Iterator[SAM3InteractiveImagePredictor]:
+        """Answer prompts on images that were encoded elsewhere; afterwards the images are those that were set before.
+
+        Args:
+            features: What the heads read of N images.
+            original_hws: Height and width of each image in pixels.
+            is_batch: Whether `predict_batch` or `predict` follows.
+        """
+        before = self._features, self._original_hws, self._is_batch
+        self._features, self._original_hws, self._is_batch = features, list(original_hws), is_batch
+        try:
+            yield self
+        finally:
+            self._features, self._original_hws, self._is_batch = before
+
     def get_image_embedding(self) -> Tensor:
         """The coarse map of the images that are set, (N, C, G, G).
 
@@ -180,8 +199,8 @@ class SAM3InteractiveImagePredictor(nn.Module):
         for index, (points, labels, box, mask) in enumerate(zip(*columns, strict=True)):
             try:
                 prompts = Prompts.parse(points, labels, box, mask, normalize_coords)
-            except ValueError as error:
-                raise ValueError(f"image {index}: {error}") from None
+            except PromptError as error:
+                raise PromptError(f"image {index}: {error}") from None
             results.append(self._predict(index, prompts, multimask_output, return_logits))
         masks, ious, low_res = zip(*results, strict=True)
         return list(masks), list(ious), list(low_res)
