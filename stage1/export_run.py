@@ -12,7 +12,7 @@ from pathlib import Path
 from yacs.config import CfgNode
 
 from sam3_train.config import write_run_record
-from sam3_train.distributed import RunContext, all_gather_object, barrier
+from sam3_train.distributed import RunContext, all_gather_object, barrier, patient_barrier
 from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreError, StoreSpec, begin_export, plan_rank
 from sam3_train.embeddings.spec import STORE_FILE
 from sam3_train.errors import Interrupted
@@ -51,7 +51,7 @@ def run_export(args: argparse.Namespace, run: RunContext) -> None:
         if run.is_main:
             print("\n".join(outlook), flush=True)
         return
-    with StopSignal() as stop, open_log(cfg, run) as log:
+    with StopSignal(run.watch) as stop, open_log(cfg, run) as log:
         for line in outlook:
             log.info(line)
         teacher = Teacher.from_config(cfg, run.device)
@@ -61,11 +61,15 @@ def run_export(args: argparse.Namespace, run: RunContext) -> None:
             seconds = measure_seconds_per_image(teacher, cfg.DATA.BATCH_SIZE)
             total = format_seconds(seconds * estimate.num_missing / run.world_size)
             log.info(f"estimate: {1 / seconds:.2f} images/s per process, {total} in all")
-        results, seconds = export_rank(cfg, data, teacher, run, log, stop)
-        for line in summary_lines(results, seconds):
+        start = time.monotonic()
+        mine = export_rank(cfg, data, teacher, run, log, stop)
+        patient_barrier()  # a rank that is asked to stop tells the others, here too: they come after their batch
+        parts = all_gather_object((mine, stop.requested))
+        for line in summary_lines([result for result, _ in parts], time.monotonic() - start):
             log.info(line)
-        if stop.requested:
-            raise Interrupted(f"stopped by {stop.requested}; what was exported is stored: the same command continues")
+        stopped_by = next((name for _, name in parts if name), None)
+        if stopped_by:
+            raise Interrupted(f"stopped by {stopped_by}; what was exported is stored: the same command continues")
         finish(data, directory, run, log)
 
 
@@ -126,17 +130,13 @@ def require_shared_folder(directory: Path, run: RunContext, patience_s: float = 
 
 def export_rank(
     cfg: CfgNode, data: ExportData, teacher: Teacher, run: RunContext, log: RunLog, stop: StopSignal
-) -> tuple[list[dict[str, float]], float]:
-    """This rank's share of the export.
-
-    Returns:
-        The results of all ranks, and the seconds it took.
-    """
+) -> dict[str, float]:
+    """This rank's share of the export; what it did."""
     directory = embeddings_folder(cfg)
     plan = plan_rank(directory, data.keys, run.rank, run.world_size)
     bad_log = open_bad_log(cfg, data)
     loader = build_export_loader(cfg, data, plan.batches)
-    counts, start = ExportCounts(), time.monotonic()
+    counts = ExportCounts()
     with (
         EmbeddingWriter(directory, run.rank) as writer,
         ExportProgress(log, plan.num_missing, writer, run.world_size) as progress,
@@ -144,16 +144,7 @@ def export_rank(
         args = (writer, plan.done_keys, bad_log, stop, cfg.DATA.BATCH_SIZE)
         for counts in export_batches(teacher, loader, *args):
             progress.update(counts)
-    mine = rank_result(counts, writer)
-    if stop.requested:
-        # The other ranks may still be at work; this one has saved and must not wait for them.
-        return [mine], time.monotonic() - start
-    try:
-        return all_gather_object(mine), time.monotonic() - start
-    except RuntimeError:
-        if stop.requested:  # the signal came to all ranks, and others have left already
-            return [mine], time.monotonic() - start
-        raise
+    return rank_result(counts, writer)
 
 
 def finish(data: ExportData, directory: Path, run: RunContext, log: RunLog) -> None:

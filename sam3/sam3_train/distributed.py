@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from sam3_train.errors import Interrupted, UserError, exit_code_of
 from sam3_train.failure_watch import FailureWatch
+from sam3_train.stop_signal import sigterm_interrupts
 
 T = TypeVar("T")
 
@@ -36,6 +38,8 @@ class RunContext:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    watch: FailureWatch | None = field(default=None, compare=False)
+    """The connection to the other ranks; None for one process."""
 
     @property
     def is_main(self) -> bool:
@@ -47,7 +51,8 @@ class RunContext:
 def training_run(device: str | None = None, timeout_s: float = 1800.0) -> Iterator[RunContext]:
     """Join the process group for the time of a ``with`` block, whether there are many processes or one.
 
-    An error that leaves the block on any rank ends all ranks with that error's exit code, and one message.
+    An error that leaves the block on any rank ends all ranks with that error's exit code, and one message. So does
+    SIGTERM, which raises KeyboardInterrupt unless a `sam3_train.stop_signal.StopSignal` turns it into a request.
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:N`` or ``mps``; None takes the best there is. Under torchrun with CUDA each
@@ -65,17 +70,24 @@ def training_run(device: str | None = None, timeout_s: float = 1800.0) -> Iterat
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     run = RunContext(chosen, rank, local_rank, world_size)
-    if world_size == 1:
-        yield run
-        return
-    _join_process_group(run, timeout_s)
-    watch = FailureWatch.start(run.rank, run.world_size)
+    with sigterm_interrupts():
+        if world_size == 1:
+            yield run
+            return
+        _join_process_group(run, timeout_s)
+        with _watched(FailureWatch.start(run.rank, run.world_size), run.is_main) as watch:
+            yield replace(run, watch=watch)
+
+
+@contextlib.contextmanager
+def _watched(watch: FailureWatch, is_main: bool) -> Iterator[FailureWatch]:
+    """End all ranks the same way, and close watch and process group."""
     try:
-        yield run
+        yield watch
         dist.barrier()
     except Interrupted as stop:
         # All ranks stop in agreement, after saving; one of them says so.
-        stop.report_on_this_rank = run.is_main  # type: ignore[attr-defined]
+        stop.report_on_this_rank = is_main  # type: ignore[attr-defined]
         watch.close()
         dist.destroy_process_group()
         raise
@@ -148,6 +160,15 @@ def barrier() -> None:
     """Wait until all ranks are here."""
     if world_size() > 1:
         dist.barrier()
+
+
+def patient_barrier(poll_s: float = 0.05) -> None:
+    """As `barrier` for long waits: signals are handled meanwhile, which a collective operation itself puts off."""
+    if world_size() > 1:
+        work = dist.barrier(async_op=True)
+        while not work.is_completed():
+            time.sleep(poll_s)
+        work.wait()
 
 
 def all_gather_object(value: T) -> list[T]:

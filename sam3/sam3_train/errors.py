@@ -106,9 +106,9 @@ def run_cli(main_body: MainBody, argv: list[str] | None = None) -> int:
         if _should_report(error):
             _report(error, code)
         return code
-    except KeyboardInterrupt:
-        if _should_report(None):
-            print("interrupted", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        if _should_report(error):
+            print(f"interrupted by {str(error) or 'SIGINT'}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
 
 
@@ -125,7 +125,7 @@ def _report(error: Exception, code: int) -> None:
     sys.stderr.flush()
 
 
-def _should_report(error: Exception | None) -> bool:
+def _should_report(error: BaseException) -> bool:
     reported = getattr(error, "report_on_this_rank", None)
     if reported is not None:
         return bool(reported)

@@ -5,7 +5,8 @@ a kill -9 or an out-of-memory kill is seen at once, without time-outs that could
 that vanishes is seen through TCP keep-alive within half a minute. A rank that fails says its exit code first, so that
 all ranks end with the same code, and gets a few seconds to print its message before the others end.
 
-Messages are lines of text: ``hello TOKEN RANK``, ``fail CODE RANK`` and ``bye``.
+Messages are lines of text: ``hello TOKEN RANK``, ``fail CODE RANK``, ``stop SIGNAL RANK`` (a signal asked that rank to
+stop: all save and stop) and ``bye``.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class FailureWatch:
         self._failure: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
         self._token = ""
+        self.stop_heard: str | None = None
+        """``SIGTERM on rank 1`` once a signal has asked another rank to stop."""
 
     @classmethod
     def start(cls, rank: int, world_size: int) -> FailureWatch:
@@ -97,6 +100,11 @@ class FailureWatch:
     def failure_code(self) -> int | None:
         """Exit code of the failure that ends the run, once there is one."""
         return self._failure[0] if self._failure is not None else None
+
+    def announce_stop(self, signal_name: str) -> None:
+        """Tell the others that a signal asked this rank to stop. Safe in a signal handler: it takes no lock."""
+        for peer in self._peers:
+            _send(peer, f"stop {signal_name} {self.rank}\n")
 
     def close(self) -> None:
         """Leave the watch in good order: what happens to this rank from now on is no failure."""
@@ -159,10 +167,19 @@ class FailureWatch:
                     self._on_end(self._peers[peer], said_so=peer in left)
                     continue
                 *lines, buffers[peer] = (buffers[peer] + text).split("\n")
-                for word, *numbers in (line.split() for line in lines if line.strip()):
+                for word, *values in (line.split() for line in lines if line.strip()):
+                    if word == "stop":
+                        self._on_stop(values[0], int(values[1]))
+                        continue
                     left.add(peer)
                     if word == "fail":
-                        self._on_failure(int(numbers[0]), int(numbers[1]), peer)
+                        self._on_failure(int(values[0]), int(values[1]), peer)
+
+    def _on_stop(self, signal_name: str, stopped_rank: int) -> None:
+        self.stop_heard = self.stop_heard or f"{signal_name} on rank {stopped_rank}"
+        for peer, number in self._peers.items() if self.rank == 0 else ():
+            if number != stopped_rank:
+                _send(peer, f"stop {signal_name} {stopped_rank}\n")
 
     def _on_failure(self, code: int, failed_rank: int, source: socket.socket) -> None:
         with self._lock:

@@ -57,7 +57,7 @@ class Trainer:
         self.train_loader = train_loader
         self.val_loader = val_loader
         self.prepare_batch = prepare_batch
-        self.stop_signal = StopSignal()
+        self.stop_signal = StopSignal(run.watch)
         sampler = train_loader.sampler
         if not isinstance(sampler, ResumableDistributedSampler):
             raise TypeError(f"the train loader needs a ResumableDistributedSampler, got {type(sampler).__name__}")
@@ -241,7 +241,7 @@ class Trainer:
 
     def _interrupt(self) -> None:
         barrier()
-        name = self.stop_signal.requested or "another rank's signal"
+        name = self.stop_signal.requested or "a signal to another rank"
         raise Interrupted(
             f"stopped by {name} at epoch {self.position.epoch}, step {self.position.step}; everything is saved in "
             f"{self.learners[0].member.output}: start the same command again to continue"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from sam3_train.distributed import (
     broadcast_object,
     is_main,
     mean_over_ranks,
+    patient_barrier,
     rank,
     training_run,
     world_size,
@@ -29,6 +31,7 @@ from sam3_train.learner import Learner, Member
 from sam3_train.log import read_metrics
 from sam3_train.metrics import RunningMean
 from sam3_train.replicas import BatchNormStatistics, check_replicas
+from sam3_train.stop_signal import StopSignal
 from sam3_train.trainer import Trainer
 
 END = "finished\n"
@@ -265,6 +268,45 @@ def interrupted_body() -> None:
 def test_ranks_that_stop_in_agreement_say_so_once(tmp_path):
     ended = run_group(interrupted_body, 2, tmp_path)
     assert ended.codes == [130, 130] and ended.text == "stopped, all saved\n"
+
+
+def signalled_body(victim: int, number: int, where: str) -> None:
+    with training_run("cpu") as run:
+        if run.rank == victim:
+            time.sleep(0.3)  # the other one is in its collective operation
+            os.kill(os.getpid(), number)
+        if where == "collective":
+            barrier()
+        time.sleep(30)
+
+
+@pytest.mark.parametrize("victim, number, where", [(0, signal.SIGTERM, "compute"), (1, signal.SIGINT, "collective")])
+def test_a_signal_to_one_rank_ends_all_with_130_and_one_line(tmp_path, victim, number, where):
+    """Where nothing is there to be saved."""
+    ended = run_group(signalled_body, 2, tmp_path, victim, number, where)
+    assert ended.codes == [130, 130] and ended.seconds < 50
+    assert ended.text == f"interrupted by {signal.Signals(number).name}\n"
+
+
+def stopping_body(folder: Path, victim: int) -> None:
+    """One rank gets a signal; the others learn of it, also while they wait."""
+    with training_run("cpu") as run, StopSignal(run.watch) as stop:
+        barrier()
+        if run.rank == victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+        while not stop.requested:
+            time.sleep(0.01)
+        (folder / f"requested-{run.rank}").write_text(stop.requested)
+        patient_barrier()
+        raise Interrupted("all saved")
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_stop_signal_is_passed_on_to_all_ranks(tmp_path, victim):
+    ended = run_group(stopping_body, 3, tmp_path, tmp_path, victim)
+    assert ended.codes == [130, 130, 130] and ended.text == "all saved\n"
+    heard = [(tmp_path / f"requested-{r}").read_text() for r in range(3)]
+    assert heard == ["SIGTERM" if r == victim else f"SIGTERM on rank {victim}" for r in range(3)]
 
 
 SCRIPT = """

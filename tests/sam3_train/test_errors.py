@@ -56,7 +56,7 @@ def test_interruptions_are_130(capsys, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *args: None)
     assert run_cli(body(Interrupted("stopped at step 3"))) == 130
     assert run_cli(body(KeyboardInterrupt())) == 130
-    assert capsys.readouterr().err.splitlines() == ["stopped at step 3", "interrupted"]
+    assert capsys.readouterr().err.splitlines() == ["stopped at step 3", "interrupted by SIGINT"]
 
 
 def test_argparse_keeps_its_own_exit():

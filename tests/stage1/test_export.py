@@ -17,6 +17,7 @@ import torch
 from fault_injection import run_and_kill
 from fixtures_data import make_jpeg
 from fixtures_embeddings import store_bytes
+from toy_training import Group, run_group
 
 from sam3.preprocess import Preprocess
 from sam3_train.config import load_config
@@ -28,7 +29,7 @@ from sam3_train.stop_signal import StopSignal
 from stage1 import export_preflight, export_report, export_run
 from stage1.config import get_defaults
 from stage1.export import export_batches
-from stage1.save_embedding_stage1 import main
+from stage1.save_embedding_stage1 import _main, main
 from stage1.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,6 +139,39 @@ def test_sigterm_stores_what_is_computed_and_ends_with_130(command, tmp_path, ca
     assert 0 < len(stored) < 9
     assert main(command()) == 0
     assert len(EmbeddingStore(tmp_path / "run/embeddings")) == 9
+
+
+def export_slowly(argv: list[str], seconds_per_batch: float) -> None:
+    forward = Teacher.__call__
+
+    def slow(self: Teacher, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds_per_batch)
+        return forward(self, images)
+
+    Teacher.__call__ = slow  # type: ignore[method-assign]
+    _main(argv)
+
+
+def test_a_signal_to_one_rank_stops_all_and_loses_nothing(command, tmp_path):
+    """D-30, D-46: one line, exit 130 on every rank; the same command then ends with the uninterrupted bytes."""
+    one_by_one = {"DATA.BATCH_SIZE": 1}
+    assert run_group(export_slowly, 2, tmp_path, command(name="whole", **one_by_one), 0.0).codes == [0, 0]
+    store, num_stored = tmp_path / "run/embeddings", 0
+    for victim, number, named in ((0, signal.SIGTERM, "SIGTERM"), (1, signal.SIGINT, "SIGINT on rank 1")):
+        group = Group(export_slowly, 2, tmp_path, (command(name="run", **one_by_one), 0.4))
+        deadline = time.monotonic() + 60
+        while sum(path.stat().st_size for path in store.glob("rank*-values.bin")) < (num_stored + 1) * 82_948:
+            assert time.monotonic() < deadline, group.log.read_text()
+            time.sleep(0.01)
+        os.kill(group.processes[victim].pid or 0, number)
+        ended = group.wait()
+        assert ended.codes == [130, 130], ended.text
+        assert ended.text.count(f"stopped by {named}; what was exported is stored") == 1
+        assert "Traceback" not in ended.text
+        num_stored = len(EmbeddingStore(store))
+        assert 0 < num_stored < 9
+    assert run_group(export_slowly, 2, tmp_path, command(name="run", **one_by_one), 0.0).codes == [0, 0]
+    assert store_bytes(store) == store_bytes(tmp_path / "whole/embeddings")
 
 
 def test_an_unreadable_photo_is_left_out_and_written_down(command, tmp_path, small_data, capsys):
