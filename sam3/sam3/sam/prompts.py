@@ -15,6 +15,10 @@ from sam3.sam.heads import SamFeatures
 _LABELS = (-1, 0, 1, 2, 3)
 
 
+class PromptError(ValueError):
+    """A text, click, box or mask that cannot be used; the message names the value and says what would do."""
+
+
 @dataclass(frozen=True)
 class Prompts:
     """n prompts on one image, still in the image's coordinates. A box is its two corners, before the clicks."""
@@ -38,7 +42,7 @@ class Prompts:
         """Check and combine the arguments of `SAM3InteractiveImagePredictor.predict`.
 
         Raises:
-            ValueError: If something is missing, misshapen, not finite, or a label is unknown.
+            PromptError: If something is missing, misshapen, not finite, or a label is unknown.
         """
         points, labels = _parse_points(point_coords, point_labels)
         if box is not None:
@@ -47,7 +51,7 @@ class Prompts:
             if points is None or labels is None:
                 points, labels = corners, corner_labels
             elif len(points) != len(corners):
-                raise ValueError(
+                raise PromptError(
                     f"{len(corners)} boxes and {len(points)} sets of points: they describe the same prompts, so give "
                     f"point_coords of shape ({len(corners)}, P, 2) and point_labels of shape ({len(corners)}, P)"
                 )
@@ -55,9 +59,9 @@ class Prompts:
                 points, labels = torch.cat([corners, points], dim=1), torch.cat([corner_labels, labels], dim=1)
         masks = _parse_masks(mask_input)
         if points is None and masks is None:
-            raise ValueError("no prompt: give point_coords with point_labels, box, or mask_input")
+            raise PromptError("no prompt: give point_coords with point_labels, box, or mask_input")
         if points is not None and masks is not None and len(points) != len(masks):
-            raise ValueError(f"mask_input is for {len(masks)} prompts, but points and boxes are for {len(points)}")
+            raise PromptError(f"mask_input is for {len(masks)} prompts, but points and boxes are for {len(points)}")
         return cls(points, labels, masks, normalize_coords)
 
     def to_model(
@@ -66,7 +70,7 @@ class Prompts:
         """Points in pixels of the model input, labels, and mask logits, on the features' device.
 
         Raises:
-            ValueError: If the mask prompts do not have the size of the model's low-resolution masks.
+            PromptError: If the mask prompts do not have the size of the model's low-resolution masks.
         """
         device = features.embedding.device
         points = self.points_xy
@@ -77,7 +81,7 @@ class Prompts:
         masks = self.mask_logits
         side = features.fine.shape[-1]
         if masks is not None and masks.shape[-2:] != (side, side):
-            raise ValueError(
+            raise PromptError(
                 f"mask_input is {masks.shape[-2]}x{masks.shape[-1]}, expected low-resolution logits of {side}x{side} "
                 "(the third result of predict)"
             )
@@ -85,33 +89,38 @@ class Prompts:
         return points, None if labels is None else labels.to(device), None if masks is None else masks.to(device)
 
 
-def _to_array(value: Any, name: str) -> np.ndarray:
+def to_array(value: Any, name: str) -> np.ndarray:
+    """Numbers of any kind as a finite float32 array.
+
+    Raises:
+        PromptError: If they are no numbers, or not finite.
+    """
     if isinstance(value, Tensor):
         value = value.detach().cpu().to(torch.float32).numpy()
     try:
         array = np.asarray(value, dtype=np.float32)
     except (TypeError, ValueError):
-        raise ValueError(f"{name} must be an array of numbers, got {value!r}") from None
+        raise PromptError(f"{name} must be an array of numbers, got {value!r}") from None
     if not np.isfinite(array).all():
-        raise ValueError(f"{name} holds values that are not finite (NaN or infinite)")
+        raise PromptError(f"{name} holds values that are not finite (NaN or infinite)")
     return array
 
 
 def _parse_points(point_coords: Any, point_labels: Any) -> tuple[Tensor | None, Tensor | None]:
     if (point_coords is None) != (point_labels is None):
         missing = "point_labels" if point_labels is None else "point_coords"
-        raise ValueError(f"{missing} is missing: each point needs its coordinates and its label")
+        raise PromptError(f"{missing} is missing: each point needs its coordinates and its label")
     if point_coords is None:
         return None, None
-    points, labels = _to_array(point_coords, "point_coords"), _to_array(point_labels, "point_labels")
+    points, labels = to_array(point_coords, "point_coords"), to_array(point_labels, "point_labels")
     if points.ndim not in (2, 3) or points.shape[-1] != 2 or points.shape[:-1] != labels.shape or 0 in points.shape:
-        raise ValueError(
+        raise PromptError(
             f"point_coords {points.shape} and point_labels {labels.shape} do not fit: expected (P, 2) and (P,), or "
             "(n, P, 2) and (n, P) for n prompts"
         )
     unknown = sorted(set(labels.ravel().tolist()) - set(_LABELS))
     if unknown:
-        raise ValueError(
+        raise PromptError(
             f"point_labels holds {unknown[0]:g}: a label is 1 (on the object), 0 (off it), 2 or 3 (corners of a box) "
             "or -1 (padding)"
         )
@@ -123,24 +132,24 @@ def _parse_points(point_coords: Any, point_labels: Any) -> tuple[Tensor | None, 
 
 def _parse_boxes(box: Any) -> Tensor:
     """(4,) or (n, 4) -> corners (n, 2, 2)."""
-    boxes = _to_array(box, "box")
+    boxes = to_array(box, "box")
     if boxes.ndim not in (1, 2) or boxes.shape[-1] != 4 or 0 in boxes.shape:
-        raise ValueError(f"box has shape {boxes.shape}, expected (4,) or (n, 4): x0, y0, x1, y1")
+        raise PromptError(f"box has shape {boxes.shape}, expected (4,) or (n, 4): x0, y0, x1, y1")
     boxes = boxes.reshape(-1, 4)
     inverted = boxes[(boxes[:, :2] > boxes[:, 2:]).any(axis=1)]
     if len(inverted):
-        raise ValueError(f"box {inverted[0].tolist()} is inverted: x0 <= x1 and y0 <= y1 (not x, y, width, height)")
+        raise PromptError(f"box {inverted[0].tolist()} is inverted: x0 <= x1 and y0 <= y1 (not x, y, width, height)")
     return torch.from_numpy(boxes.reshape(-1, 2, 2).copy())
 
 
 def _parse_masks(mask_input: Any) -> Tensor | None:
     if mask_input is None:
         return None
-    masks = _to_array(mask_input, "mask_input")
+    masks = to_array(mask_input, "mask_input")
     if masks.ndim == 2:
         masks = masks[None]
     if masks.ndim == 3:
         masks = masks[None]
     if masks.ndim != 4 or masks.shape[1] != 1 or 0 in masks.shape:
-        raise ValueError(f"mask_input has shape {masks.shape}, expected (1, S, S), or (n, 1, S, S) for n prompts")
+        raise PromptError(f"mask_input has shape {masks.shape}, expected (1, S, S), or (n, 1, S, S) for n prompts")
     return torch.from_numpy(masks.copy())
