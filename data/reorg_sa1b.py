@@ -7,23 +7,24 @@
 An image is held out by a hash of its name, so images that are added later never move one from train to val. A tar is
 read completely (headers) before anything of it is written; one that is damaged, empty or holds a member that points
 outside the target folder is left out and reported. `reorg_manifest.json` in the output folder says what is done with
-every tar; a run that was interrupted continues there. Exit code 2 if any tar could not be used.
+every tar; a run that was interrupted continues there, and one that finds unpacked files deleted unpacks their tars
+again. Exit code 2 if any tar could not be used.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from reorg_manifest import Manifest, TarResult, save_names, write_json
 from tqdm import tqdm
 
 from sam3_train.data.decode import IMAGE_SUFFIXES
@@ -32,30 +33,8 @@ from sam3_train.data.process_pool import process_context, run_in_processes
 from sam3_train.data.splits import DEFAULT_VAL_FRACTION, split_of_name
 from sam3_train.errors import UserError, run_cli
 
-MANIFEST_FILE = "reorg_manifest.json"
-MANIFEST_VERSION = 1
 _progress: Any = None
 """Shared count of bytes that the workers have passed; set by `_start_worker`."""
-
-
-@dataclass
-class TarResult:
-    """What became of one tar; the manifest's record."""
-
-    size: int
-    status: str = "done"
-    """``done``, ``damaged`` (fetch it again), ``refused`` (dangerous members) or ``failed`` (disk)."""
-    train: int = 0
-    """Images."""
-    val: int = 0
-    images_without_annotation: int = 0
-    annotations_without_image: int = 0
-    other_members: int = 0
-    """Regular files that are neither image nor annotation; not unpacked."""
-    unpacked_bytes: int = 0
-    problems: list[str] = field(default_factory=list)
-    deleted_from: str = ""
-    """Folder that ``--delete-tars`` removed the tar from; empty if it was kept."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +77,12 @@ def _main(argv: list[str] | None) -> int:
     deleted = manifest.deleted_from(source)
     if not deleted:
         _require_tars(tars, source)
-    pending = [tar for tar in tars if not manifest.is_done(tar)]
+    lost = manifest.count_lost()
+    pending = [tar for tar in tars if not manifest.is_done(tar, lost)]
     gone = f", {len(deleted)} more done and deleted" if deleted else ""
     print(f"{len(tars)} tars in {source}: {len(tars) - len(pending)} done before, {len(pending)} to do{gone}")
+    if lost:
+        print(f"{sum(lost.values()):,} files that were unpacked are gone from {output}, of {', '.join(sorted(lost))}")
     _check_disk(output, pending, args.workers if args.delete_tars else len(pending))
     options = Options(output, args.val_ratio, args.folder_per_tar, args.dry_run)
     what = "plan" if args.dry_run else "unpack"
@@ -114,72 +96,17 @@ def _main(argv: list[str] | None) -> int:
                 (source / name).unlink()
     names = {*deleted, *(tar.name for tar in tars)}
     of_source = {name: result for name, result in manifest.results.items() if name in names}
+    for name in lost.keys() & set(deleted):
+        problem = (
+            f"{source / name}: {lost[name]} of its files are gone from {output}, and so is the tar; fetch it again"
+        )
+        of_source[name] = replace(of_source[name], status="lost", problems=[problem])
     return _finish(of_source, args.report, "nothing was written (--dry-run)" if args.dry_run else f"in {output}")
 
 
 def _require_tars(tars: list[Path], source: Path) -> None:
     if not tars:
         raise UserError(f"{source}: holds no *.tar (--source); data/download_sa1b.py fetches them")
-
-
-class Manifest:
-    """What has been done to each tar, in a file that is replaced whole."""
-
-    def __init__(self, path: Path, val_ratio: float, folder_per_tar: bool, results: dict[str, TarResult]) -> None:
-        self.path = path
-        self.val_ratio = val_ratio
-        self.folder_per_tar = folder_per_tar
-        self.results = results
-
-    @classmethod
-    def load(cls, output: Path, val_ratio: float, folder_per_tar: bool) -> Manifest:
-        """The manifest of an output folder, empty if it has none.
-
-        Raises:
-            UserError: If it is damaged, or was made with other settings.
-        """
-        path = output / MANIFEST_FILE
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            settings = {name: data[name] for name in ("version", "val_ratio", "folder_per_tar")}
-            results = {name: TarResult(**record) for name, record in data["tars"].items()}
-        except FileNotFoundError:
-            return cls(path, val_ratio, folder_per_tar, {})
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{path}: not a manifest of this program ({error!r}); restore it or choose another --output"
-            ) from None
-        wanted = {"version": MANIFEST_VERSION, "val_ratio": val_ratio, "folder_per_tar": folder_per_tar}
-        if settings != wanted:
-            raise UserError(
-                f"{path}: the folder was begun with {settings}, this run asks for {wanted}: images would change sides; "
-                "use the same settings or another --output"
-            )
-        return cls(path, val_ratio, folder_per_tar, results)
-
-    def is_done(self, tar: Path) -> bool:
-        """Whether a tar of this name and size is unpacked."""
-        result = self.results.get(tar.name)
-        return result is not None and result.status == "done" and result.size == tar.stat().st_size
-
-    def deleted_from(self, source: Path) -> list[str]:
-        """Names of the tars that were unpacked from a folder, deleted there, and have not come back."""
-        folder = str(source.resolve())
-        return [
-            name
-            for name, result in self.results.items()
-            if result.deleted_from == folder and not (source / name).exists()
-        ]
-
-    def save(self) -> None:
-        """Write the file aside and rename it."""
-        data = {
-            "version": MANIFEST_VERSION,
-            "val_ratio": self.val_ratio,
-            "folder_per_tar": self.folder_per_tar,
-            "tars": {name: asdict(result) for name, result in sorted(self.results.items())},
-        }
-        _write_json(self.path, data)
 
 
 def unpack_tar(tar: Path, options: Options) -> TarResult:
@@ -195,6 +122,7 @@ def unpack_tar(tar: Path, options: Options) -> TarResult:
             members = _checked_members(archive, tar, result)
             if result.status == "done" and not options.is_dry_run:
                 _write_members(archive, tar, members, options, result)
+                save_names(options.output, tar.name, [str(_relative_target(m.name, tar, options)) for m in members])
     except TarTableError as error:
         result.status = "damaged"
         result.problems.append(str(error))
@@ -249,7 +177,7 @@ def _write_members(
     archive: tarfile.TarFile, tar: Path, members: list[_Member], options: Options, result: TarResult
 ) -> None:
     for member in members:
-        target = _target(member.name, tar, options)
+        target = options.output / _relative_target(member.name, tar, options)
         if target.exists():
             if target.stat().st_size != member.size:
                 raise UserError(
@@ -275,10 +203,10 @@ def _write_file(archive: tarfile.TarFile, member: _Member, target: Path) -> None
     os.replace(part, target)
 
 
-def _target(name: str, tar: Path, options: Options) -> Path:
+def _relative_target(name: str, tar: Path, options: Options) -> Path:
+    """Where a member goes, relative to the output."""
     stem, suffix = os.path.splitext(name)
-    kind = "annotations" if suffix.lower() == ".json" else "images"
-    folder = options.output / kind / split_of_name(stem, options.val_ratio)
+    folder = Path("annotations" if suffix.lower() == ".json" else "images") / split_of_name(stem, options.val_ratio)
     return (folder / tar.stem if options.folder_per_tar else folder) / name
 
 
@@ -351,7 +279,7 @@ def _finish(results: dict[str, TarResult], report: str | None, where: str) -> in
     good = [result for result in results.values() if result.status == "done"]
     if report:
         tars = {name: asdict(result) for name, result in sorted(results.items())}
-        _write_json(Path(report), {"failed": list(bad), "tars": tars})
+        write_json(Path(report), {"failed": list(bad), "tars": tars})
     train, val = sum(result.train for result in good), sum(result.val for result in good)
     missing = sum(result.images_without_annotation for result in good)
     split = f" ({train:,} train, {val:,} val)" if val else ""
@@ -359,16 +287,6 @@ def _finish(results: dict[str, TarResult], report: str | None, where: str) -> in
     if bad:
         raise UserError.from_problems("tars that cannot be used", [p for r in bad.values() for p in r.problems])
     return 0
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
 
 
 def _parser() -> argparse.ArgumentParser:

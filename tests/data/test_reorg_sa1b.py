@@ -18,7 +18,9 @@ def unpack(source: Path, output: Path, *more: str) -> int:
 
 
 def tree(output: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(output)): p.read_bytes() for p in sorted(output.rglob("sa_*")) if p.is_file()}
+    """Images and annotations."""
+    files = [path for path in sorted(output.rglob("sa_*.*")) if path.suffix in (".jpg", ".json")]
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
 def manifest(output: Path) -> dict:
@@ -102,6 +104,44 @@ def test_a_tar_that_is_done_is_not_opened_again(source: Path, tmp_path: Path, ca
     assert unpack(source, output) == 0
     assert "2 done before, 1 to do" in capsys.readouterr().out
     assert len(tree(output)) == 80
+
+
+@pytest.mark.parametrize("flags", [[], ["--folder-per-tar"]])
+def test_images_deleted_from_the_output_are_unpacked_again(
+    source: Path, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture
+) -> None:
+    """D-99: done means that the files are there; other files in the folder hide no loss, and no other tar is opened."""
+    output = tmp_path / "sa-1b"
+    assert unpack(source, output, *flags) == 0
+    everything = tree(output)
+    for name in [name for name in everything if "/sa_7." in name or "/sa_9.jpg" in name]:
+        (output / name).unlink()
+    (output / "images/train/photo.jpg").write_bytes(make_jpeg(1))
+    (source / "sa_000021.tar").write_bytes(b"x" * (source / "sa_000021.tar").stat().st_size)
+    capsys.readouterr()
+    assert unpack(source, output, *flags) == 0
+    printed = capsys.readouterr().out
+    assert "1 done before, 1 to do" in printed
+    assert f"3 files that were unpacked are gone from {output}, of sa_000020.tar" in printed
+    assert tree(output) == everything
+    assert unpack(source, output, *flags) == 0
+    assert "2 done before, 0 to do" in capsys.readouterr().out
+
+
+def test_images_that_are_gone_with_their_tar_are_reported(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """D-99, D-101: and unpacked again once the tar is back."""
+    output = tmp_path / "sa-1b"
+    assert unpack(source, output, "--delete-tars") == 0
+    everything = tree(output)
+    lost = next(name for name in everything if name.endswith("/sa_3.jpg"))
+    (output / lost).unlink()
+    assert unpack(source, output) == 2
+    assert "sa_000020.tar: 1 of its files are gone from" in capsys.readouterr().err
+    make_sa1b_tar(source / "sa_000020.tar", range(20))
+    assert unpack(source, output) == 0
+    assert tree(output) == everything
 
 
 def test_the_split_does_not_change_when_images_are_added(source: Path, tmp_path: Path) -> None:
