@@ -5,9 +5,8 @@
     python scripts/demo.py --fresh             # forget what an earlier run made
     python scripts/demo.py --output DIR        # elsewhere than output/demo
 
-Finished steps are kept and reused until one of their inputs changes: settings, the teacher's weights, the generator
-of the world. A changed step starts from nothing, a run that was interrupted goes on where it was. The code of the
-stages is not among the inputs: after a change there, use --fresh.
+Finished steps are kept and reused until one of their inputs changes: settings, the teacher's weights, every source file
+that the step's script imports. A changed step starts from nothing, a run that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Any
 
 import yaml
 from step_runner import Step, StepFailedError, run_steps
+from step_sources import sources_of
 
 from sam3_train.errors import UserError, run_cli
 
@@ -29,7 +29,7 @@ TEACHER = Path("data/demo/tiny_teacher.safetensors")
 TEACHER_CFG = Path("stage1/configs/teacher/demo_tiny.yaml")
 STUDENT_CFG = Path("stage1/configs/demo_cnn.yaml")
 STUDENT = "demo_cnn"
-WORLD_MODULES = ("world", "scenes", "clips", "shapes", "backgrounds", "rle")
+LAUNCH_SOURCES = (Path("scripts/launch.sh"), Path("sam3/sam3_train/torchrun.py"))
 # Two processes of one thread each beat one of two on networks this small, and show that every step is distributed.
 PROCESSES = "2"
 
@@ -72,7 +72,7 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
             "world",
             "Make the demo world",
             ["python", "data/demo/demo_world.py", "--output", str(world), *world_options],
-            [Path("data/demo") / f"demo_{name}.py" for name in WORLD_MODULES],
+            sources_of(Path("data/demo/demo_world.py"), ROOT),
             [world / "images/train", world / "images/val", world / "images/test", world / "photos"],
             owned=[world],
         ),
@@ -83,7 +83,10 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
                 *("bash", "stage1/scripts/save_stage1_embeddings.sh", f"CFG={TEACHER_CFG}", f"DATA_PATH={world}"),
                 *(f"OUTPUT={export}", *cpu),
             ],
-            [*with_bases(TEACHER_CFG), TEACHER],
+            [
+                *(*with_bases(TEACHER_CFG), TEACHER, Path("stage1/scripts/save_stage1_embeddings.sh"), *LAUNCH_SOURCES),
+                *sources_of(Path("stage1/save_embedding_stage1.py"), ROOT),
+            ],
             [export / "embeddings"],
             owned=[export],
         ),
@@ -94,7 +97,10 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
                 *("bash", "stage1/scripts/train_stage1_student.sh", f"CFG={STUDENT_CFG}", f"DATA_PATH={world}"),
                 *(f"OUTPUT={run}", *cpu, "--opts", "DISTILL.TEACHER_EMBED_PATH", str(export / "embeddings")),
             ],
-            with_bases(STUDENT_CFG),
+            [
+                *(*with_bases(STUDENT_CFG), Path("stage1/scripts/train_stage1_student.sh"), *LAUNCH_SOURCES),
+                *sources_of(Path("stage1/train_stage1.py"), ROOT),
+            ],
             [run / "best.pth"],
             owned=[run],
         ),
@@ -105,7 +111,7 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
                 *("python", "stage1/convert_stage1_weights.py", "--student-ckpt", str(run / "best.pth")),
                 *("--sam3-ckpt", str(TEACHER), "--output", str(merged), "--fuse", "--dtype", "fp16"),
             ],
-            [],
+            sources_of(Path("stage1/convert_stage1_weights.py"), ROOT),
             [merged],
             owned=[merged],
         ),
@@ -118,8 +124,8 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
                 *("--stamps", str(output / "steps"), "--output", str(page)),
             ],
             [
-                cfg_file,
-                *(Path("scripts") / f"demo_{name}.py" for name in ("report", "page", "compare", "drawing", "scores")),
+                *(cfg_file, Path("scripts/demo_page.css")),
+                *sources_of(Path("scripts/demo_report.py"), ROOT, [Path("data/demo")]),
             ],
             [page],
             {"PYTHONPATH": "data/demo"},

@@ -10,6 +10,8 @@ from pathlib import Path
 import demo
 import pytest
 import yaml
+from step_runner import Step, run_steps, step_key
+from step_sources import sources_of
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
@@ -62,7 +64,7 @@ def test_steps_that_resume_own_a_folder_of_their_own():
 
 
 def test_the_world_is_made_again_when_any_of_its_modules_changes():
-    read = {path.stem for path in steps()[0].inputs}
+    read = {path.stem for path in steps()[0].inputs if path.parent == Path("data/demo")}
     needed = {"demo_world"}
     while True:
         sources = [(ROOT / "data/demo" / f"{name}.py").read_text() for name in needed]
@@ -73,22 +75,63 @@ def test_the_world_is_made_again_when_any_of_its_modules_changes():
     assert read == needed
 
 
-def test_a_changed_photo_prompt_repeats_only_the_report(tmp_path):
-    from step_runner import step_key
+def test_the_code_behind_a_step_is_among_its_inputs():
+    """Of the stage, the model (through its lazy exports and plug-ins too), the launcher and the loop."""
+    read = {step.name: {str(path) for path in step.inputs} for step in steps()}
+    for name, expected in {
+        "export": ["stage1/export.py", "sam3/sam3/model/vitdet.py", "sam3/sam3_train/torchrun.py", "scripts/launch.sh"],
+        "train": ["stage1/model.py", "sam3/sam3/backbones/demo_cnn.py", "sam3/sam3_train/trainer.py"],
+        "merge": ["stage1/merge.py", "sam3/sam3/backbones/folding.py", "sam3/sam3/checkpoint_merge.py"],
+        "report": ["data/demo/demo_eval.py", "sam3/sam3/loading.py", "sam3/sam3/sam/mask_decoder.py"],
+    }.items():
+        assert read[name] >= set(expected), set(expected) - read[name]
+    assert not [path for path in read["world"] if path.startswith(("stage1/", "sam3/sam3/"))]
+    assert "stage1/merge.py" not in read["train"] and "stage1/train_stage1.py" not in read["export"]
+    assert not [path for paths in read.values() for path in paths if path.startswith("tests/")]
 
+
+def test_a_changed_source_repeats_the_first_step_that_runs_it(tmp_path, monkeypatch):
+    """And not those before."""
+    script, module = tmp_path / "merge.py", tmp_path / "lib" / "splice.py"
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib/__init__.py").write_text('_EXPORTS = {"splice": "lib.splice"}\n')
+    script.write_text("def main():\n    from lib import splice\n")
+    module.write_text("import json\n")
+    other = tmp_path / "world.py"
+    other.write_text("import json\n")
+    assert sources_of(Path("merge.py"), tmp_path) == [Path("lib/__init__.py"), Path("lib/splice.py"), Path("merge.py")]
+    ran = []
+    monkeypatch.setattr("step_runner.run_command", lambda command, root, env: ran.append(command[-1]) or 0)
+
+    def run() -> list[str]:
+        ran.clear()
+        scripts = ["world.py", "merge.py"]
+        steps = [Step(s, s, ["python", s], sources_of(Path(s), tmp_path)) for s in scripts]
+        run_steps(steps, tmp_path / "stamps", tmp_path)
+        return list(ran)
+
+    assert run() == ["world.py", "merge.py"] and run() == []
+    module.write_text("import json, math\n")
+    assert run() == ["merge.py"]
+    other.write_text("import math\n")
+    assert run() == ["world.py", "merge.py"]
+
+
+def test_a_changed_photo_prompt_repeats_only_the_report(tmp_path):
     cfg = tmp_path / "demo.yaml"
     cfg.write_text((ROOT / "configs" / "demo.yaml").read_text())
-
-    def keys() -> list[str]:
-        found, previous = [], ""
-        for step in demo.demo_steps(cfg, SETTINGS, Path("output/demo")):
-            previous = step_key(step, previous, ROOT)
-            found.append(previous)
-        return found
-
-    before = keys()
+    before = keys_of(demo.demo_steps(cfg, SETTINGS, Path("output/demo")))
     cfg.write_text(cfg.read_text() + "# changed\n")
-    assert [a == b for a, b in zip(before, keys(), strict=True)] == [True, True, True, True, False]
+    after = keys_of(demo.demo_steps(cfg, SETTINGS, Path("output/demo")))
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, True, True, True, False]
+
+
+def keys_of(steps: list[Step]) -> list[str]:
+    found, previous = [], ""
+    for step in steps:
+        previous = step_key(step, previous, ROOT)
+        found.append(previous)
+    return found
 
 
 def test_a_wrong_settings_file_is_one_clear_line(tmp_path, capsys):
