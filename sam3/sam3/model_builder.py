@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,9 +11,15 @@ from torch import nn
 from sam3.checkpoint_io import CheckpointError, read_state_dict
 from sam3.config import Sam3Config
 from sam3.hub import download_ckpt_from_hf
+from sam3.model.decoder import TransformerDecoder, TransformerWrapper
+from sam3.model.fusion_encoder import TransformerEncoderFusion
+from sam3.model.geometry import SequenceGeometryEncoder
 from sam3.model.necks import Sam3DualViTDetNeck
 from sam3.model.sam3_image import Sam3Image
+from sam3.model.scoring import DotProductScoring
+from sam3.model.segmentation_head import UniversalSegmentationHead
 from sam3.model.student_encoder import StudentTrunk, build_student
+from sam3.model.text_encoder import VETextEncoder
 from sam3.model.vitdet import ViT
 from sam3.model.vl_backbone import SAM3VLBackbone
 from sam3.preprocess import Preprocess
@@ -69,26 +76,14 @@ def assemble_image_model(
     with device:
         neck = Sam3DualViTDetNeck(trunk, config, add_sam2_neck=enable_inst_interactivity)
         heads = SamHeads(config) if enable_inst_interactivity else None
-        backbone = SAM3VLBackbone(neck)
-        detector: dict[str, nn.Module | None] = {}
-        if enable_detector:
-            from sam3.model.text_encoder import VETextEncoder
-
-            text = VETextEncoder(config.text, config.hidden_dim) if enable_text_encoder else None
-            backbone = SAM3VLBackbone(neck, text)
-            detector = _build_detector(config, enable_segmentation)
+        text = VETextEncoder(config.text, config.hidden_dim) if enable_detector and enable_text_encoder else None
+        detector = _build_detector(config, enable_segmentation) if enable_detector else {}
         preprocess = preprocess or Preprocess(size_px=config.image_size_px)
-        return Sam3Image(config, backbone, preprocess, heads, **detector)
+        return Sam3Image(config, SAM3VLBackbone(neck, text), preprocess, heads, **detector)
 
 
-def _build_detector(config: Sam3Config, enable_segmentation: bool) -> dict[str, nn.Module | None]:
+def _build_detector(config: Sam3Config, enable_segmentation: bool) -> dict[str, Any]:
     """The detector's parts behind the backbone, by their names in `Sam3Image`."""
-    from sam3.model.decoder import TransformerDecoder, TransformerWrapper
-    from sam3.model.fusion_encoder import TransformerEncoderFusion
-    from sam3.model.geometry import SequenceGeometryEncoder
-    from sam3.model.scoring import DotProductScoring
-    from sam3.model.segmentation_head import UniversalSegmentationHead
-
     dim = config.hidden_dim
     return {
         "geometry_encoder": SequenceGeometryEncoder(config),

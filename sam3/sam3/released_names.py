@@ -150,7 +150,7 @@ def _assign(module: nn.Module, weights: Mapping[str, Tensor], source: str) -> No
     try:
         module.load_state_dict(placed, strict=True, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(f"{source}: {error}") from error
+        raise CheckpointError(f"{source}: {' '.join(str(error).split())}") from error
     leftover = [name for name, tensor in (*module.named_parameters(), *module.named_buffers()) if tensor.is_meta]
     if leftover:
         raise RuntimeError(f"{source}: {first(leftover)} got no value while loading (a bug: the keys were checked)")

@@ -4,52 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import detector_value, table, tracker_value
+from golden import SMALL, check, detector_value, fill, table, tracker_value
 
-from sam3.config import Sam3Config, TrunkConfig
+from sam3.config import Sam3Config
 from sam3.model.position_encoding import PositionEmbeddingSine
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.vitdet import rotary_table
 from sam3.model_builder import assemble_image_model
 from sam3.sam.heads import SamFeatures, SamHeads
 
-SMALL_TRUNK = TrunkConfig(
-    pretrain_img_size_px=112,
-    embed_dim=64,
-    depth=4,
-    num_heads=2,
-    mlp_ratio=4.625,
-    window_size=8,
-    global_blocks=(1, 3),
-)
-
 
 @pytest.fixture(scope="module")
 def detector() -> Sam3Image:
-    model = assemble_image_model(
-        Sam3Config(name="small", image_size_px=336, trunk=SMALL_TRUNK), enable_inst_interactivity=True
-    ).eval()
-    backbone = model.backbone
-    values = {
-        key: value if key.endswith("freqs_cis") else detector_value(f"backbone.{key}", value.shape)
-        for key, value in backbone.state_dict().items()
-    }
-    backbone.load_state_dict(values)
-    return model
+    return fill(assemble_image_model(SMALL, enable_inst_interactivity=True, enable_detector=False))
 
 
 @pytest.fixture(scope="module")
 def backbone_out(detector: Sam3Image) -> dict:
     with torch.no_grad():
         return detector.backbone.forward_image(table("input.image", (1, 3, 336, 336)))
-
-
-def check(tensor: torch.Tensor, shape: tuple, mean: float, std: float, samples: dict, unbiased: bool = False) -> None:
-    assert tuple(tensor.shape) == shape
-    assert tensor.mean().item() == pytest.approx(mean, abs=2e-5)
-    assert tensor.std(unbiased=unbiased).item() == pytest.approx(std, abs=2e-5)
-    for index, expected in samples.items():
-        assert tensor[index].item() == pytest.approx(expected, abs=1e-4), index
 
 
 def test_generator_gives_the_published_first_values() -> None:

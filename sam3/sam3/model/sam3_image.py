@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +15,14 @@ from sam3.model.data_misc import BatchedDatapoint, FindStage, SAM3Output
 from sam3.model.decoder import TransformerWrapper
 from sam3.model.deployed_trunk import DeployedTrunk
 from sam3.model.fusion_encoder import EncoderOutput
+from sam3.model.geometry import SequenceGeometryEncoder
+from sam3.model.prompt import Prompt
 from sam3.model.scoring import ONE_TO_MANY, DotProductScoring, update_scores_and_boxes
 from sam3.model.segmentation_head import UniversalSegmentationHead
 from sam3.model.vl_backbone import SAM3VLBackbone
 from sam3.preprocess import Preprocess
 from sam3.sam.heads import SamFeatures, SamHeads
 from sam3.sam.interactive_predictor import Masks, SAM3InteractiveImagePredictor
-
-if TYPE_CHECKING:
-    from sam3.model.geometry import SequenceGeometryEncoder
-    from sam3.model.prompt import Prompt
 
 Matcher = Callable[[Tensor, Tensor, Any], Any]
 """(class logits (B, N), boxes (B, N, 4), targets) -> which query is which object."""
@@ -118,8 +116,6 @@ class Sam3Image(nn.Module):
         Raises:
             ValueError: If the model has no detector or text encoder, or the batch has several stages (video).
         """
-        from sam3.model.prompt import Prompt
-
         if len(input.find_inputs) != 1:
             raise ValueError(f"an image model takes one stage of prompts, the batch has {len(input.find_inputs)}")
         (stage,) = input.find_inputs
@@ -193,8 +189,6 @@ class Sam3Image(nn.Module):
 
     def _get_dummy_prompt(self, num_prompts: int = 1) -> Prompt:
         """Prompts without boxes and points."""
-        from sam3.model.prompt import Prompt
-
         weight = next(self.parameters())
         return Prompt(
             box_embeddings=weight.new_zeros(0, num_prompts, 4, dtype=torch.float32),
