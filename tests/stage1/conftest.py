@@ -12,6 +12,8 @@ from stage1_world import Stage1World, make_world
 from sam3.checkpoint_keys import TRUNK_PREFIX
 from sam3.model_builder import build_sam3_trunk
 
+TEACHER_CFG = Path(__file__).resolve().parents[2] / "stage1/configs/teacher/demo_tiny.yaml"
+
 
 @pytest.fixture(scope="session")
 def tiny_teacher_file(tmp_path_factory) -> Path:
@@ -27,6 +29,19 @@ def tiny_teacher_file(tmp_path_factory) -> Path:
 def small_data(tmp_path) -> Path:
     """Seven training and two validation images in SA-1B layout."""
     return make_sa1b_tree(tmp_path / "data", range(7), range(100, 102))
+
+
+@pytest.fixture
+def command(tiny_teacher_file, small_data, tmp_path):
+    """Arguments of an export of the small data set into ``tmp_path/<name>``."""
+
+    def build(*more: str, name: str = "run", **opts: object) -> list[str]:
+        settings = {"MODEL.SAM3_CHECKPOINT": tiny_teacher_file, "DATA.NUM_WORKERS": 0, "DATA.BATCH_SIZE": 2, **opts}
+        words = [str(word) for pair in settings.items() for word in pair]
+        flags = ["--cfg", str(TEACHER_CFG), "--device", "cpu", "--data-path", str(small_data)]
+        return [*flags, "--output", str(tmp_path / name), *more, "--opts", *words]
+
+    return build
 
 
 @pytest.fixture(scope="session")
