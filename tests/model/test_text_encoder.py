@@ -219,7 +219,8 @@ def _step(backbone: SAM3VLBackbone) -> None:
 
 
 def _load(backbone: SAM3VLBackbone, assign: bool) -> None:
-    values = {key: value * 0.9 for key, value in backbone.state_dict().items()}
+    scale = {True: 0.9, False: 1.0}
+    values = {key: value * scale[key.startswith("language")] for key, value in backbone.state_dict().items()}
     backbone.load_state_dict(values, assign=assign)
 
 
