@@ -11,13 +11,23 @@ from typing import Any
 from sam3.version import __version__
 
 _EXPORTS = {
+    "build_efficientsam3_image_model": "sam3.model_builder",
     "build_sam3_image_model": "sam3.model_builder",
     "load_model": "sam3.loading",
     "Preprocess": "sam3.preprocess",
     "Sam3Config": "sam3.config",
+    "Sam3Processor": "sam3.model.sam3_image_processor",
 }
 
-__all__ = ["Preprocess", "Sam3Config", "__version__", "build_sam3_image_model", "load_model"]
+__all__ = [
+    "Preprocess",
+    "Sam3Config",
+    "Sam3Processor",
+    "__version__",
+    "build_efficientsam3_image_model",
+    "build_sam3_image_model",
+    "load_model",
+]
 
 
 def __getattr__(name: str) -> Any:
