@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
-from sam3_train.checkpoint import CheckpointManager
+from sam3_train.checkpoint import CheckpointManager, load_common
 from sam3_train.config import load_config, training_defaults
 from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler, sample_seed
 from sam3_train.distributed import RunContext, training_run
@@ -81,9 +81,9 @@ def toy_config(opts: Sequence[str] = ()) -> CfgNode:
 
 def newest(folder: Path) -> dict[str, Any]:
     """What a run would continue from."""
-    loaded = CheckpointManager(folder).load_newest()
+    loaded = load_common([CheckpointManager(folder)])
     assert loaded is not None
-    return loaded[1]
+    return loaded[0][1]
 
 
 def toy_loaders(
@@ -104,14 +104,13 @@ def train_toy(
     task: Callable[[], Task] = ToyTask,
     identity: dict[str, Any] | None = None,
     resume: Path | None = None,
-    dry_run: bool = False,
     **data: Any,
 ) -> FitResult:
     """One run of `fit`, whatever number of processes the environment asks for."""
     with training_run("cpu") as run:
         seed_everything(0)
         train, val = toy_loaders(run, **data)
-        return fit(task(), train, val, toy_config(opts), run, output, identity=identity, resume=resume, dry_run=dry_run)
+        return fit(task(), train, val, toy_config(opts), run, output, identity=identity, resume=resume)
 
 
 def train_toys(outputs: Sequence[Path], opts: Sequence[str] = (), widths: Sequence[int] = (6, 8)) -> list[FitResult]:

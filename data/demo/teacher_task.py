@@ -20,7 +20,7 @@ from sam3.model.sam3_image import Sam3Image
 from sam3.sam.heads import SamFeatures
 from sam3.sam.mask_decoder import SamOutput
 from sam3.sam.transformer import Attention
-from sam3_train.losses import dice_loss, sigmoid_focal_loss
+from sam3_train.losses import dice_loss, iou_l1_loss, sigmoid_focal_loss
 from sam3_train.metrics import mask_iou
 from sam3_train.task import Task, freeze
 
@@ -199,8 +199,6 @@ class PromptableTask(Task):
         focal = sigmoid_focal_loss(logits, targets).view(num_prompts, num_masks)
         dice = dice_loss(logits, targets).view(num_prompts, num_masks)
         best = (FOCAL_WEIGHT * focal + dice)[:, 1:].argmin(dim=1, keepdim=True) + 1
-        with torch.no_grad():
-            actual_iou = mask_iou(logits > 0, targets > 0.5).view(num_prompts, num_masks)
         weight = present.float() / present.float().sum().clamp(min=1)
         share = torch.full_like(focal, OTHERS_SHARE).scatter(1, best, 1.0)
         share[:, 0] = 1.0
@@ -209,7 +207,8 @@ class PromptableTask(Task):
         terms["dice"].append((dice * share).sum())
         balanced = balanced_cross_entropy(logits, targets).view(num_prompts, num_masks)
         terms["balanced"].append((balanced * share).sum())
-        terms["iou_head"].append(((output.ious.float() - actual_iou).abs().mean(dim=1) * weight).sum())
+        iou_error = iou_l1_loss(output.ious.flatten(), logits, targets).view(num_prompts, num_masks)
+        terms["iou_head"].append((iou_error.mean(dim=1) * weight).sum())
         score = output.object_score_logits.float()[:, 0]
         terms["object"].append(nn.functional.binary_cross_entropy_with_logits(score, present.float()))
 

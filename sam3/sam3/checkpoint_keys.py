@@ -240,11 +240,6 @@ _FROM_PUBLISHED: dict[str, Rule] = {
 # --- recognising a student --------------------------------------------------------------------------------------------
 
 
-def identify_student(keys_to_shapes: Mapping[str, Sequence[int]]) -> str:
-    """The backbone whose student has these published keys; see `identify_student_config`."""
-    return identify_student_config(keys_to_shapes).backbone
-
-
 def identify_student_config(keys_to_shapes: Mapping[str, Sequence[int]]) -> StudentConfig:
     """Recognise a student by its keys and shapes alone, for files that carry no description.
 

@@ -247,20 +247,6 @@ class Sam3Config:
             raise ValueError(f"unknown model preset {name!r}: choose one of {sorted(PRESETS)}") from None
 
 
-def config_differences(mine: Sam3Config, theirs: Sam3Config) -> list[str]:
-    """One ``field: mine != theirs`` line for every leaf that differs; empty if the models are the same."""
-    return _dict_differences(mine.to_dict(), theirs.to_dict(), "")
-
-
-def _dict_differences(mine: Any, theirs: Any, path: str) -> list[str]:
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        lines: list[str] = []
-        for key in sorted({*mine, *theirs}):
-            lines += _dict_differences(mine.get(key), theirs.get(key), f"{path}.{key}" if path else key)
-        return lines
-    return [] if mine == theirs else [f"{path}: {mine!r} != {theirs!r}"]
-
-
 def _with_defaults(data: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """``data`` with what it lacks taken from ``defaults``, at every level."""
     filled = {**defaults, **data}

@@ -166,15 +166,6 @@ class Preprocess:
             logits_bchw = logits_bchw[..., :height, :width]
         return F.interpolate(logits_bchw, original_hw, mode="bilinear", align_corners=False)
 
-    def masks_to_model(self, masks_bchw: Tensor, size_px: int) -> Tensor:
-        """Resize float masks (B, C, H, W) of the original image to a (size_px, size_px) grid over the model input."""
-        height, width = self.resized_hw((masks_bchw.shape[-2], masks_bchw.shape[-1]))
-        if self.mode == "stretch":
-            return F.interpolate(masks_bchw, (size_px, size_px), mode="bilinear", align_corners=False, antialias=True)
-        inside = F.interpolate(masks_bchw, (height, width), mode="bilinear", align_corners=False, antialias=True)
-        padded = F.pad(inside, (0, self.size_px - width, 0, self.size_px - height))
-        return F.interpolate(padded, (size_px, size_px), mode="bilinear", align_corners=False, antialias=True)
-
     def build_valid_mask(self, original_hw: tuple[int, int], grid_size: int) -> Tensor:
         """Which cells of a feature grid lie inside the image.
 

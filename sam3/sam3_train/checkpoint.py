@@ -202,11 +202,6 @@ class CheckpointManager:
         names = (stem + suffix + ".pth" for suffix in ("", *(f"_{i}" for i in range(1, len(recorded) + 1))))
         return self._save(next(name for name in names if name not in recorded), state, epoch, step, is_best)
 
-    def load_newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """`load_common` for this run alone."""
-        loaded = load_common([self])
-        return loaded[0] if loaded else None
-
     def problem(self, name: str) -> str | None:
         """What is wrong with the recorded checkpoint called ``name``; None if it holds what was written."""
         record = next(record for record in self._records if record["file"] == name)

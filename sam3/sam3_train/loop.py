@@ -63,7 +63,7 @@ class FitResult:
     """Of the last validation; empty without one."""
     best: Best
     is_finished: bool
-    """False if ``TRAIN.MAX_STEPS`` ended it before the last epoch, or nothing was to be done (``dry_run``)."""
+    """False if ``TRAIN.MAX_STEPS`` ended it before the last epoch."""
 
 
 def fit(
@@ -77,7 +77,6 @@ def fit(
     identity: dict[str, Any] | None = None,
     prepare_batch: PrepareBatch | None = None,
     resume: str | Path | None = None,
-    dry_run: bool = False,
 ) -> FitResult:
     """Train one task. Collective over the run's ranks.
 
@@ -93,7 +92,6 @@ def fit(
         prepare_batch: Runs once per batch on the device under no_grad, e.g. an online teacher.
         resume: Continue from this file; None continues from the folder's newest checkpoint if there is one
             (``TRAIN.AUTO_RESUME``).
-        dry_run: Check everything, print the plan, and return.
 
     Raises:
         UserError: If settings are impossible, a checkpoint does not fit, files cannot be written, or
@@ -101,7 +99,7 @@ def fit(
         Interrupted: After SIGTERM or SIGINT, with everything saved.
     """
     member = Member(task, cfg, Path(output), identity or {}, Path(resume) if resume else None)
-    return fit_many([member], train_loader, val_loader, run, prepare_batch=prepare_batch, dry_run=dry_run)[0]
+    return fit_many([member], train_loader, val_loader, run, prepare_batch=prepare_batch)[0]
 
 
 def fit_many(
@@ -111,7 +109,6 @@ def fit_many(
     run: RunContext,
     *,
     prepare_batch: PrepareBatch | None = None,
-    dry_run: bool = False,
     on_ready: Callable[[], None] | None = None,
 ) -> list[FitResult]:
     """Train several tasks on one pass over the data; see `fit`. The members share ``SEED`` and what `_SHARED` lists.
@@ -129,8 +126,7 @@ def fit_many(
             trainer.prepare()
             if on_ready is not None:
                 on_ready()
-            if not dry_run:
-                trainer.train()
+            trainer.train()
         finally:
             trainer.close()
     is_finished = trainer.position.epoch >= trainer.cfg.TRAIN.EPOCHS

@@ -9,7 +9,6 @@ from students import RELEASED, meta_student
 from sam3.checkpoint_io import CheckpointError
 from sam3.checkpoint_keys import (
     STUDENT_PREFIX,
-    identify_student,
     identify_student_config,
     strip_prefixes,
     student_from_published,
@@ -69,7 +68,7 @@ def test_published_names_are_those_of_the_released_files(backbone: str, inside: 
 @pytest.mark.parametrize("prefix", ["", "module.", STUDENT_PREFIX, STUDENT_PREFIX.removeprefix("detector.")])
 def test_a_student_is_recognised_under_each_prefix(prefix: str) -> None:
     other = {"detector.geometry_encoder.norm.weight": (256,)}
-    assert identify_student(_shapes("repvit_m1_1", prefix) | other) == "repvit_m1_1"
+    assert identify_student_config(_shapes("repvit_m1_1", prefix) | other).backbone == "repvit_m1_1"
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
@@ -82,16 +81,16 @@ def test_every_student_is_recognised_with_its_options(backbone: str) -> None:
 def test_an_unknown_width_names_the_nearest_students() -> None:
     shapes = _shapes("repvit_m1_1") | {"head.0.weight": (1024, 500, 1, 1)}
     with pytest.raises(CheckpointError, match=r"width 500.*repvit_m1_1 \(512\)"):
-        identify_student(shapes)
+        identify_student_config(shapes)
 
 
 def test_unknown_names_are_shown() -> None:
     with pytest.raises(CheckpointError, match=r"resnet\.conv1.*belong to no known student"):
-        identify_student({"backbone.model.resnet.conv1": (8, 3, 3, 3), "head.0.weight": (1024, 8, 1, 1)})
+        identify_student_config({"backbone.model.resnet.conv1": (8, 3, 3, 3), "head.0.weight": (1024, 8, 1, 1)})
     with pytest.raises(CheckpointError, match="no student keys"):
-        identify_student({"detector.backbone.vision_backbone.trunk.patch_embed.proj.weight": (8, 3, 14, 14)})
+        identify_student_config({"detector.backbone.vision_backbone.trunk.patch_embed.proj.weight": (8, 3, 14, 14)})
     with pytest.raises(CheckpointError, match=r"head\.0\.weight.*missing"):
-        identify_student({"backbone.model.features.0.0.c.weight": (8, 3, 3, 3)})
+        identify_student_config({"backbone.model.features.0.0.c.weight": (8, 3, 3, 3)})
 
 
 def test_a_key_of_another_backbone_is_refused() -> None:

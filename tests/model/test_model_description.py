@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from sam3.config import PRESETS, Sam3Config, StudentConfig, TrunkConfig, config_differences
+from sam3.config import PRESETS, Sam3Config, StudentConfig, TrunkConfig
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))
@@ -65,10 +65,3 @@ def test_an_unknown_preset_lists_the_known_ones() -> None:
 def test_impossible_trunks_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TrunkConfig(), **changes)
-
-
-def test_differences_name_the_leaf() -> None:
-    full = Sam3Config.preset("sam3")
-    other = full.replace(trunk=dataclasses.replace(full.trunk, depth=40, global_blocks=(39,)))
-    assert config_differences(full, other) == ["trunk.depth: 32 != 40", "trunk.global_blocks: [7, 15, 23, 31] != [39]"]
-    assert config_differences(full, full) == []

@@ -67,12 +67,16 @@ def test_letterbox_keeps_the_aspect_and_pads_with_zeros() -> None:
 
 
 @pytest.mark.parametrize("mode", ["stretch", "letterbox"])
-def test_a_mask_survives_the_way_to_the_model_and_back(mode: str) -> None:
+def test_a_mask_lands_where_its_box_was(mode: str) -> None:
     preprocess = Preprocess(252, mode)
     mask = torch.zeros(1, 1, 90, 160)
     mask[..., 60:90, 120:160] = 1
-    model_mask = preprocess.masks_to_model(mask, 252)
-    back = preprocess.masks_to_image(model_mask * 20 - 10, (90, 160)) > 0
+    left, top, right, bottom = (
+        preprocess.boxes_to_model(torch.tensor([120.0, 60.0, 160.0, 90.0]), (90, 160)).round().int()
+    )
+    logits = torch.full((1, 1, 252, 252), -10.0)
+    logits[..., top:bottom, left:right] = 10.0
+    back = preprocess.masks_to_image(logits, (90, 160)) > 0
     overlap = (back & (mask > 0)).sum() / (back | (mask > 0)).sum()
     assert overlap > 0.97
 

@@ -15,6 +15,7 @@ from torch import nn
 from sam3_train.checkpoint import (
     CheckpointManager,
     load_checkpoint,
+    load_common,
     load_strict,
     save_checkpoint,
     state_dict_sha256,
@@ -167,7 +168,7 @@ def test_a_checkpoint_that_the_pointer_does_not_name_is_replaced_not_trusted(tmp
         manager.save_step(state(2), 0, 2)
     assert "ckpt_step_00000002.pth" in names(tmp_path)
     manager = CheckpointManager(tmp_path)
-    path, loaded = manager.load_newest()
+    path, loaded = load_common([manager])[0]
     assert path.name == "ckpt_step_00000001.pth" and loaded["epoch"] == 1
     manager.save_step(state(3), 0, 3)
     assert names(tmp_path) == ["ckpt_step_00000001.pth", "ckpt_step_00000003.pth", "last.json"]
@@ -185,9 +186,9 @@ def test_a_kill_while_the_same_position_is_saved_again_leaves_a_checkpoint(tmp_p
     kill_in(manager, monkeypatch, call)
     with pytest.raises(KilledError):
         save(state(3), 0, 2)
-    assert CheckpointManager(tmp_path).load_newest() is not None
+    assert load_common([CheckpointManager(tmp_path)]) is not None
     CheckpointManager(tmp_path).save_step(state(4), 0, 4)
-    assert CheckpointManager(tmp_path).load_newest()[1]["epoch"] == 4
+    assert load_common([CheckpointManager(tmp_path)])[0][1]["epoch"] == 4
 
 
 def test_checkpoints_without_a_pointer_are_not_overwritten_by_a_new_run(tmp_path):
@@ -220,7 +221,7 @@ def test_the_checkpoint_a_user_continues_from_is_kept_and_so_are_its_neighbours(
     chosen = tmp_path / "ckpt_step_00000010.pth"
     manager = CheckpointManager(tmp_path, reads_pointer=False)
     manager.adopt(chosen, {"epoch": 0, "step": 10})
-    assert manager.load_newest()[0] == chosen
+    assert load_common([manager])[0][0] == chosen
     for step in (15, 25, 35, 45):
         manager.save_step(state(step), 0, step)
     assert CheckpointManager(tmp_path).names()[-1] == chosen.name

@@ -341,13 +341,6 @@ def test_students_that_max_steps_left_inside_an_epoch_never_mix_positions(tmp_pa
     assert [{**final(folder, 1), "best": ""} for folder in folders] == [{**one, "best": ""} for one in expected]
 
 
-def test_a_dry_run_checks_and_writes_no_checkpoint(tmp_path, capsys):
-    """D-66"""
-    result = train_toy(tmp_path, dry_run=True)
-    assert result.step == 0 and not list(tmp_path.glob("*.pth"))
-    assert "global batch 4 = 4 x 1 accumulated x 1 processes" in capsys.readouterr().out
-
-
 def test_a_time_based_checkpoint_is_written_inside_an_epoch(tmp_path):
     """D-46"""
     train_toy(tmp_path, ["TRAIN.SAVE_EVERY_MINUTES", "0.0005", "TRAIN.MAX_STEPS", "6"], delay_s=0.003)

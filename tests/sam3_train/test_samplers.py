@@ -53,7 +53,7 @@ def test_a_position_leaves_out_what_was_consumed_and_the_length_stays_the_epochs
         sampler.set_epoch(0, position=3)
 
 
-def test_a_state_continues_with_another_number_of_ranks():
+def test_a_position_continues_with_another_number_of_ranks():
     """D-47"""
     first = ResumableDistributedSampler(24, 2)
     first.set_epoch(3, position=8)
@@ -61,17 +61,9 @@ def test_a_state_continues_with_another_number_of_ranks():
     halves = []
     for rank in range(2):
         sampler = ResumableDistributedSampler(24, 2, rank, 2)
-        sampler.load_state_dict(first.state_dict())
+        sampler.set_epoch(3, position=8)
         halves.append(list(sampler))
     assert sorted(chain(*halves)) == sorted(rest)
-
-
-@pytest.mark.parametrize("changed", [{"seed": 1}, {"num_samples": 23}, {"shuffle": False}])
-def test_a_state_of_another_order_is_refused(changed):
-    state = ResumableDistributedSampler(24, 2).state_dict()
-    sampler = ResumableDistributedSampler(**{"num_samples": 24, "seed": 2, **changed})
-    with pytest.raises(UserError, match=next(iter(changed))):
-        sampler.load_state_dict(state)
 
 
 def test_unequal_ranks_either_drop_or_repeat():

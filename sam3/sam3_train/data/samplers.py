@@ -120,17 +120,3 @@ class ResumableDistributedSampler(Sampler[int]):
             "num_samples": self.num_samples,
             "shuffle": self.shuffle,
         }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a state was taken, possibly with another number of ranks.
-
-        Raises:
-            UserError: If seed, number of images or shuffling differ: the order would be another one.
-        """
-        for name in ("seed", "num_samples", "shuffle"):
-            if state[name] != getattr(self, name):
-                raise UserError(
-                    f"cannot resume the data order: {name} was {state[name]} and is {getattr(self, name)} now; restore "
-                    "it, or start a new run from the old weights (--pretrained, another --output)"
-                )
-        self.set_epoch(int(state["epoch"]), int(state["position"]))
