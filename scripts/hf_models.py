@@ -1,0 +1,90 @@
+"""Hugging Face's SAM 3 in the size of one of our models and with its weights, as an independent implementation.
+
+What measurements and parity tests compare with. Needs the ``transformers`` package.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sam3.config import Sam3Config
+from sam3.hf_keys import released_to_hf
+from sam3.model.sam3_image import Sam3Image
+from sam3.released_names import released_state_dict
+
+_DETECTOR = "detector_model."
+# Their default is 1e-6; the original's is 1e-5.
+_NORMS = {"layer_norm_eps": 1e-5}
+
+
+def hf_vision_config(config: Sam3Config) -> Any:
+    """Configuration of their vision encoder (trunk and detector neck)."""
+    import transformers
+
+    trunk, grid = config.trunk, config.grid_size
+    backbone = transformers.Sam3ViTConfig(
+        hidden_size=trunk.embed_dim,
+        intermediate_size=trunk.mlp_dim,
+        num_hidden_layers=trunk.depth,
+        num_attention_heads=trunk.num_heads,
+        image_size=config.image_size_px,
+        patch_size=trunk.patch_size_px,
+        window_size=trunk.window_size,
+        global_attn_indexes=list(trunk.global_blocks),
+        pretrain_image_size=trunk.pretrain_img_size_px,
+        **_NORMS,
+    )
+    return transformers.Sam3VisionConfig(
+        backbone_config=backbone,
+        fpn_hidden_size=config.hidden_dim,
+        backbone_feature_sizes=[[grid * 4] * 2, [grid * 2] * 2, [grid] * 2],
+        **_NORMS,
+    )
+
+
+def hf_image_config(config: Sam3Config) -> Any:
+    """Configuration of their whole image model."""
+    import transformers
+
+    def transformer(part: Any, **more: Any) -> dict[str, Any]:
+        sizes = {"num_layers": part.num_layers, "num_attention_heads": part.num_heads}
+        return {"hidden_size": config.hidden_dim, "intermediate_size": part.mlp_dim, **sizes, **_NORMS, **more}
+
+    text = config.text
+    return transformers.Sam3Config(
+        vision_config=hf_vision_config(config),
+        text_config={
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.width,
+            "intermediate_size": int(text.width * text.mlp_ratio),
+            "num_hidden_layers": text.depth,
+            "num_attention_heads": text.num_heads,
+            "max_position_embeddings": text.context_length,
+            "projection_dim": text.projection_dim,
+            "hidden_act": "gelu",
+            **_NORMS,
+        },
+        geometry_encoder_config=transformer(config.geometry_encoder, roi_size=config.geometry_encoder.roi_size),
+        detr_encoder_config=transformer(config.fusion_encoder),
+        detr_decoder_config=transformer(config.decoder, num_queries=config.decoder.num_queries),
+        mask_decoder_config={
+            "hidden_size": config.hidden_dim,
+            "num_attention_heads": config.segmentation_head.num_heads,
+            **_NORMS,
+        },
+    )
+
+
+def build_hf_image_model(model: Sam3Image) -> nn.Module:
+    """Their image model in eval mode over the very tensors of ours, which may not be copied."""
+    import transformers
+
+    weights = released_to_hf(released_state_dict(model))
+    with torch.device(model.device):
+        hf = transformers.Sam3Model(hf_image_config(model.config))
+    own = {key.removeprefix(_DETECTOR): value for key, value in weights.items() if key.startswith(_DETECTOR)}
+    hf.load_state_dict(own, assign=True)
+    return hf.eval()
