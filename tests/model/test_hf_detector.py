@@ -159,7 +159,7 @@ def test_their_call_without_boxes_lacks_one_token_of_the_prompt(model: Sam3Image
 
 
 # Largest difference from float32 with all weights and activations in bfloat16, as logits or as fractions of the image.
-# Means are below a fifth of it.
+# Means are below a third of it.
 BF16_BOUNDS = {
     "pred_logits": 0.05,
     "pred_boxes": 0.01,
@@ -183,7 +183,7 @@ def test_bfloat16_stays_within_bounds(model: Sam3Image, how: str) -> None:
     for name, bound in BF16_BOUNDS.items():
         difference = (low[name].float() - exact[name]).abs()
         assert 0 < difference.max().item() <= bound, name
-        assert difference.mean().item() <= bound / 5, name
+        assert difference.mean().item() <= bound / 3, name
     flipped = (low["pred_masks"] > 0) != (exact["pred_masks"] > 0)
     assert flipped.float().mean().item() < 0.02
 
