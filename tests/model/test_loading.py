@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
@@ -10,37 +11,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import MEMORY, STUDENT, TINY, make_model, student_model, whole_model, whole_weights
+from safetensors.torch import save_file
+from students import RELEASED
 from torch import Tensor
 
-from sam3.checkpoint_io import CheckpointError, write_merged
+from sam3.checkpoint_io import INDEX_SUFFIX, CheckpointError, CheckpointFile, write_merged
 from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX, student_to_published
+from sam3.checkpoint_parts import DETECTOR, HEADS, POINT_PROMPTS, SEGMENTATION, TEXT, Part
 from sam3.config import Sam3Config, StudentConfig
-from sam3.hf_keys import released_to_hf
+from sam3.hf_keys import POINT_PROJECTIONS, released_to_hf
 from sam3.loading import load_model
 from sam3.model.sam3_image import Sam3Image
 from sam3.model_builder import assemble_image_model, build_sam3_image_model, build_sam3_trunk
 from sam3.preprocess import Preprocess, PreprocessMismatchError
+from sam3.recognition import recognise
 from sam3.released_names import UNBUILT_PARTS, released_state_dict
-
-TINY = Sam3Config.preset("tiny")
-STUDENT = "efficientvit_b0"
-# One key of each part that the released file has and this version does not build.
-LATER = {part + ("weight" if part.endswith(".") else ""): torch.zeros(2) for part in UNBUILT_PARTS}
-
-
-def make_model(config: Sam3Config = TINY, seed: int = 0) -> Sam3Image:
-    torch.manual_seed(seed)
-    return assemble_image_model(config, enable_inst_interactivity=True).eval()
 
 
 @pytest.fixture(scope="module")
 def teacher() -> Sam3Image:
-    return make_model()
+    return whole_model()
 
 
-@pytest.fixture(scope="module")
-def student_model() -> Sam3Image:
-    return make_model(TINY.replace(student=StudentConfig(STUDENT)))
+@pytest.fixture(scope="module", name="student_model")
+def student_model_fixture() -> Sam3Image:
+    return student_model()
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +44,15 @@ def image() -> Tensor:
     return torch.rand(1, 3, TINY.image_size_px, TINY.image_size_px, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-def assert_same_model(loaded: Sam3Image, expected: Sam3Image, image: Tensor) -> None:
+def assert_same_model(loaded: Sam3Image, expected: Sam3Image, image: Tensor | None = None) -> None:
     assert loaded.config == expected.config
+    assert loaded.missing_parts == ()
     assert not loaded.training
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
-    with torch.no_grad():
-        for ours, theirs in zip(loaded.image_features(image), expected.image_features(image), strict=True):
-            assert torch.equal(ours, theirs)
+    if image is not None:
+        with torch.no_grad():
+            for ours, theirs in zip(loaded.image_features(image), expected.image_features(image), strict=True):
+                assert torch.equal(ours, theirs)
     for (name, ours), theirs in zip(loaded.state_dict().items(), expected.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
 
@@ -62,9 +60,12 @@ def assert_same_model(loaded: Sam3Image, expected: Sam3Image, image: Tensor) -> 
 LAYOUTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "flat": lambda sd: sd,
     "under model": lambda sd: {"model": sd},
-    "with the parts of later versions": lambda sd: sd | LATER,
+    "with the tracker's memory": lambda sd: sd | MEMORY,
     "without detector.": lambda sd: {k.removeprefix("detector."): v for k, v in sd.items()},
     "DDP": lambda sd: {"module." + k: v for k, v in sd.items()},
+    "a saved model of Meta's image builder": lambda sd: {
+        k.removeprefix("detector.").replace("tracker.", "inst_interactive_predictor.model."): v for k, v in sd.items()
+    },
     "without rotary tables": lambda sd: {k: v for k, v in sd.items() if not k.endswith("freqs_cis")},
 }
 
@@ -72,17 +73,17 @@ LAYOUTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_of_a_torch_file(tmp_path: Path, teacher: Sam3Image, image: Tensor, layout: str) -> None:
     torch.save(LAYOUTS[layout](released_state_dict(teacher)), tmp_path / "model.pt")
-    assert_same_model(load_model(tmp_path / "model.pt", device="cpu"), teacher, image)
+    assert_same_model(load_model(tmp_path / "model.pt", device="cpu"), teacher, image if layout == "flat" else None)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_merged_files_with_their_record(tmp_path: Path, student_model: Sam3Image, image: Tensor, suffix: str) -> None:
+def test_merged_files_with_their_record(tmp_path: Path, student_model: Sam3Image, suffix: str) -> None:
     path = tmp_path / f"merged{suffix}"
     preprocess = Preprocess(TINY.image_size_px, mode="letterbox")
     record = {"variant": STUDENT, "model": student_model.config.to_dict(), "preprocess": preprocess.to_dict()}
     write_merged(path, released_state_dict(student_model), record)
     loaded = load_model(str(path), device="cpu")
-    assert_same_model(loaded, student_model, image)
+    assert_same_model(loaded, student_model)
     assert loaded.preprocess == preprocess
     assert loaded.inst_interactive_predictor.preprocess == preprocess
     with pytest.raises(PreprocessMismatchError, match=r"the argument preprocess"):
@@ -125,18 +126,107 @@ def test_every_form_of_student_is_recognised(tmp_path: Path, student: StudentCon
         assert torch.equal(ours, theirs), name
 
 
-def test_hugging_face_layout(tmp_path: Path, teacher: Sam3Image, image: Tensor) -> None:
-    hf = released_to_hf(released_state_dict(teacher))
-    hf |= {"detector_model.detr_decoder.query_embed.weight": torch.zeros(2, 2)}
-    write_merged(tmp_path / "model.safetensors", hf, {})
-    loaded = load_model(tmp_path / "model.safetensors", device="cpu")
-    with torch.no_grad():
-        for ours, theirs in zip(loaded.image_features(image), teacher.image_features(image), strict=True):
-            assert torch.equal(ours, theirs)
-    hf["detector_model.novelty"] = torch.zeros(1)
-    write_merged(tmp_path / "model.safetensors", hf, {})
+def test_the_nine_released_students_are_recognised_at_full_size() -> None:
+    """By names and shapes alone: no weights, no record. The counts are those of the published merged files."""
+    for name, released in RELEASED.items():
+        config = Sam3Config(student=StudentConfig(released.backbone))
+        model = assemble_image_model(config, enable_inst_interactivity=True, device="meta", enable_detector=True)
+        names = {key: value.to("meta") for key, value in released_state_dict(model).items()}
+        assert len(names) == released.num_merged_keys - 160, name  # the tracker's memory
+        found = recognise(CheckpointFile(Path(name), (), "torch", names | MEMORY, {}))
+        assert found.config == config, name
+        assert found.missing_parts == (), name
+        found.check(model)
+
+
+@pytest.fixture(scope="module")
+def hf_weights(teacher: Sam3Image) -> dict[str, Tensor]:
+    weights = released_to_hf(released_state_dict(teacher) | {"tracker.no_obj_ptr": torch.zeros(1, 64)})
+    return {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+
+
+def save_shards(folder: Path, weights: dict[str, Tensor], count: int) -> Path:
+    """As transformers stores a large model: shards and an index."""
+    names = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+    weight_map = {key: names[i % count] for i, key in enumerate(weights)}
+    for name in names:
+        shard = {key: value for key, value in weights.items() if weight_map[key] == name}
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    index = folder / f"model{INDEX_SUFFIX}"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+@pytest.mark.parametrize("form", ["file", "folder", "index of shards", "folder of shards", "Sam3Model"])
+def test_hugging_face_layouts(tmp_path: Path, teacher: Sam3Image, hf_weights, image: Tensor, form: str) -> None:
+    path = tmp_path / "model.safetensors"
+    if form in ("file", "folder"):
+        save_file(hf_weights, path, metadata={"format": "pt"})
+    if form == "Sam3Model":
+        prefix = "detector_model."
+        save_file({k.removeprefix(prefix): v for k, v in hf_weights.items() if k.startswith(prefix)}, path)
+    if "shards" in form:
+        path = save_shards(tmp_path, hf_weights, 3)
+    loaded = load_model(tmp_path if "folder" in form else path, device="cpu")
+    heads = () if form != "Sam3Model" else (HEADS.name,)
+    assert loaded.missing_parts == (*heads, POINT_PROMPTS)
+    if form == "file":
+        with torch.no_grad():
+            for ours, theirs in zip(loaded.image_features(image), teacher.image_features(image), strict=True):
+                assert torch.equal(ours, theirs)
+    own, theirs = released_state_dict(loaded), released_state_dict(teacher)
+    for key, value in own.items():
+        if key in POINT_PROJECTIONS:
+            assert not value.any()
+        elif not key.endswith("pos_embed"):
+            assert torch.equal(value, theirs[key]), key
+
+
+def test_what_hugging_face_does_not_know_is_said(tmp_path: Path, hf_weights) -> None:
+    save_file(hf_weights | {"detector_model.novelty": torch.zeros(1)}, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"Hugging Face file, but no rule for the key 'detector_model\.novelty'"):
-        load_model(tmp_path / "model.safetensors")
+        load_model(tmp_path)
+
+
+ABSENT = {
+    "text encoder": ((TEXT,), (TEXT.name,)),
+    "segmentation head": ((SEGMENTATION,), (SEGMENTATION.name,)),
+    "SAM heads": ((HEADS,), (HEADS.name,)),
+    "detector and what hangs on it": ((DETECTOR, TEXT, SEGMENTATION), (TEXT.name, DETECTOR.name, SEGMENTATION.name)),
+    "detector alone": ((DETECTOR,), (TEXT.name, DETECTOR.name, SEGMENTATION.name)),
+    "point projections": ((Part("points", POINT_PROJECTIONS),), (POINT_PROMPTS,)),
+}
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_parts_may_be_absent_as_a_whole(tmp_path: Path, name: str) -> None:
+    absent, missing = ABSENT[name]
+    prefixes = tuple(prefix for part in absent for prefix in part.prefixes)
+    torch.save({k: v for k, v in whole_weights().items() if not k.startswith(prefixes)}, tmp_path / "part.pt")
+    loaded = load_model(tmp_path / "part.pt", device="cpu")
+    assert loaded.missing_parts == missing
+    assert (loaded.inst_interactive_predictor is None) == (HEADS.name in missing)
+    assert loaded.has_detector == (DETECTOR.name not in missing)
+    assert (loaded.segmentation_head is None) == (SEGMENTATION.name in missing)
+    assert (loaded.backbone.language_backbone is None) == (TEXT.name in missing)
+    own, theirs = released_state_dict(loaded), whole_weights()
+    assert all(torch.equal(value, theirs[key]) for key, value in own.items() if key not in POINT_PROJECTIONS)
+
+
+POINTS = Part("detector", POINT_PROJECTIONS)
+
+
+@pytest.mark.parametrize("part", [TEXT, DETECTOR, SEGMENTATION, HEADS, POINTS], ids=lambda part: part.prefixes[0])
+@pytest.mark.parametrize("rest", [1, -1], ids=["one tensor is there", "one tensor is absent"])
+def test_a_part_that_is_there_in_half_is_an_error(tmp_path: Path, part: Part, rest: int) -> None:
+    weights = whole_weights()
+    keys = [key for key in weights if key.startswith(part.prefixes)]
+    gone = keys[rest:]
+    torch.save({k: v for k, v in weights.items() if k not in gone}, tmp_path / "half.pt")
+    # Point projections may be absent as a whole.
+    counted = gone if not set(POINT_PROJECTIONS) <= set(gone) else [key for key in gone if key not in POINT_PROJECTIONS]
+    with pytest.raises(CheckpointError, match=rf"{part.name}: {len(counted)} of \d+ missing: {counted[0]}"):
+        load_model(tmp_path / "half.pt")
 
 
 def test_half_precision_files_compute_in_float32_unless_asked(tmp_path: Path, teacher: Sam3Image) -> None:
@@ -165,31 +255,6 @@ def test_bf16_predictions_stay_close(tmp_path: Path, teacher: Sam3Image) -> None
     assert abs(low_res - low_low_res).mean() < 0.05 * abs(low_res).mean() + 0.01
 
 
-def broken(teacher: Sam3Image) -> dict[str, tuple[dict[str, Tensor], str]]:
-    good = released_state_dict(teacher)
-    qkv = TRUNK_PREFIX + "blocks.3.attn.qkv.weight"
-    return {
-        "missing": ({k: v for k, v in good.items() if k != qkv}, r"1 missing: .*blocks\.3\.attn\.qkv\.weight"),
-        "unexpected": (good | {TRUNK_PREFIX + "novelty": torch.ones(1)}, r"1 unexpected: .*trunk\.novelty"),
-        "unknown part": (good | {"detector.extra.weight": torch.ones(1)}, r"1 unexpected: detector\.extra\.weight"),
-        "shape": (good | {qkv: torch.ones(3, 3)}, r"1 of another shape: .*file \(3, 3\), model \(384, 128\)"),
-        "no heads": ({k: v for k, v in good.items() if not k.startswith("tracker.")}, r"missing: tracker\."),
-        "foreign": ({"layer.weight": torch.ones(1)}, "not a layout that is known here. The nearest is"),
-        "student alone": ({"backbone.model.x": torch.ones(1), "head.0.weight": torch.ones(1)}, "merge it into a SAM 3"),
-        "two names for one": (good | {"module." + qkv: good[qkv]}, "without the prefixes"),
-    }
-
-
-@pytest.mark.parametrize("name", broken(make_model()))
-def test_what_does_not_fit_is_said(tmp_path: Path, teacher: Sam3Image, name: str) -> None:
-    state_dict, message = broken(teacher)[name]
-    torch.save(state_dict, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match=message) as error:
-        load_model(tmp_path / "bad.pt")
-    assert "bad.pt" in str(error.value)
-    assert len(str(error.value)) < 1000
-
-
 def test_a_bad_record_is_said(tmp_path: Path, teacher: Sam3Image) -> None:
     for record, message in (
         ({"model": {"size": 3}}, "unknown field 'size'"),
@@ -212,7 +277,7 @@ def test_names_that_are_neither_file_nor_hub_model(tmp_path: Path) -> None:
 
 
 def test_builder_loads_with_and_without_interactivity(tmp_path: Path, teacher: Sam3Image, image: Tensor) -> None:
-    torch.save(released_state_dict(teacher) | LATER, tmp_path / "sam3.pt")
+    torch.save(released_state_dict(teacher) | MEMORY, tmp_path / "sam3.pt")
     options = {"checkpoint_path": tmp_path / "sam3.pt", "config": "tiny", "device": "cpu"}
     assert_same_model(build_sam3_image_model(**options, enable_inst_interactivity=True), teacher, image)
     plain = build_sam3_image_model(**options, eval_mode=False)

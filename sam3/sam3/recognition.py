@@ -1,0 +1,269 @@
+"""Find out what a checkpoint holds, from its metadata record, else from its keys and shapes. Nothing is built but on
+the meta device, and no weight is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sam3.checkpoint_fit import RECOMPUTED_SUFFIX, check_fit
+from sam3.checkpoint_io import CheckpointError, CheckpointFile
+from sam3.checkpoint_keys import (
+    BACKBONE_PREFIX,
+    DETECTOR_PREFIX,
+    STUDENT_PREFIX,
+    TRACKER_PREFIX,
+    UnknownLayoutError,
+    identify_student_config,
+    strip_prefixes,
+)
+from sam3.checkpoint_parts import (
+    BUILT_PARTS,
+    DETECTOR,
+    HEADS,
+    NECK_PREFIX,
+    POINT_PROMPTS,
+    SEGMENTATION,
+    TEXT,
+    Part,
+    parts_in,
+)
+from sam3.config import PRESETS, Sam3Config, StudentConfig
+from sam3.hf_keys import POINT_PROJECTIONS, hf_class, released_from_hf
+from sam3.model.sam3_image import Sam3Image
+from sam3.model_builder import assemble_image_model
+from sam3.preprocess import Preprocess
+from sam3.released_names import HEADS_PREFIX, absent_parts, released_layout, to_released
+
+_NECK_KEY = NECK_PREFIX + "2.conv_1x1.weight"
+_BARE = tuple(
+    prefix.removeprefix(DETECTOR_PREFIX)
+    for part in BUILT_PARTS
+    for prefix in part.prefixes
+    if prefix.startswith(DETECTOR_PREFIX)
+)
+_SAM31 = ("freqs_cis_real", "freqs_cis_imag")
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A checkpoint whose content is understood.
+
+    Attributes:
+        source: The file's name, for errors.
+        layout: Whose names the file has, in words.
+        weights: Under the released names; with the tracker's memory, which no image model has.
+        metadata: The record of this project's files; {} for others.
+        config: What the model is.
+        preprocess: What the record says about images, or None.
+        parts: What the file holds at least one tensor of.
+    """
+
+    source: str
+    layout: str
+    weights: dict[str, Tensor]
+    metadata: dict[str, Any]
+    config: Sam3Config
+    preprocess: Preprocess | None
+    parts: tuple[Part, ...]
+
+    @property
+    def has_point_prompts(self) -> bool:
+        """Whether the detector takes points: Hugging Face's files lack their weights, conversions write zeros."""
+        found = [self.weights[key] for key in POINT_PROJECTIONS if key in self.weights]
+        return any(tensor.is_meta or bool(tensor.any()) for tensor in found)
+
+    @property
+    def missing_parts(self) -> tuple[str, ...]:
+        """Names of the parts that a whole model has and this one does not."""
+        has_detector = DETECTOR in self.parts
+        built = [p for p in BUILT_PARTS if p in self.parts and (has_detector or p not in (TEXT, SEGMENTATION))]
+        missing = [part.name for part in BUILT_PARTS if part not in built]
+        return (*missing, *([POINT_PROMPTS] if has_detector and not self.has_point_prompts else []))
+
+    def assemble(self, preprocess: Preprocess | None = None) -> Sam3Image:
+        """The model with exactly the parts of the file, its weights on the meta device."""
+        return assemble_image_model(
+            self.config,
+            preprocess or self.preprocess,
+            enable_inst_interactivity=HEADS in self.parts,
+            device="meta",
+            enable_detector=DETECTOR in self.parts,
+            enable_text_encoder=TEXT in self.parts,
+            enable_segmentation=SEGMENTATION in self.parts,
+        )
+
+    def weights_for(self, model: Sam3Image) -> dict[str, Tensor]:
+        """The weights, with zeros for the point prompts that the file may lack as a whole."""
+        if any(key in self.weights for key in POINT_PROJECTIONS) or not model.has_detector:
+            return self.weights
+        own = to_released(model.state_dict(), self.config)
+        return self.weights | {key: torch.zeros(own[key].shape, dtype=own[key].dtype) for key in POINT_PROJECTIONS}
+
+    def check(self, model: Sam3Image) -> None:
+        """Compare the file with the model that `assemble` made.
+
+        Raises:
+            CheckpointError: If a part is there only in half, or a tensor does not fit.
+        """
+        unread = absent_parts(model)
+        weights = {key: value for key, value in self.weights_for(model).items() if not key.startswith(unread)}
+        check_fit(weights, to_released(model.state_dict(), self.config), self.source, self.config)
+
+
+def recognise(checkpoint: CheckpointFile) -> Recognised:
+    """Understand a checkpoint.
+
+    Raises:
+        CheckpointError: If it is none of the known layouts; the message says what it is instead, or names the nearest
+            layout and the first differing keys.
+    """
+    source = str(checkpoint.path)
+    weights, layout = _released_names(checkpoint.state_dict, source)
+    if checkpoint.is_nested:
+        layout += ", under 'model'"
+    config = _config_of_record(checkpoint.metadata, source) or identify_config(weights, source)
+    preprocess = _preprocess_of_record(checkpoint.metadata, source)
+    return Recognised(source, layout, weights, checkpoint.metadata, config, preprocess, parts_in(weights))
+
+
+def _released_names(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], str]:
+    """The weights under the released names, and the name of the layout they had."""
+    try:
+        names = strip_prefixes(state_dict, ("module.",))
+    except UnknownLayoutError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    ddp = ", with DDP's module." if any(key.startswith("module.") for key in state_dict) else ""
+    kind = hf_class(names)
+    if kind is not None:
+        try:
+            return released_from_hf(names), f"Hugging Face ({kind}){ddp}"
+        except UnknownLayoutError as error:
+            raise CheckpointError(f"{source}: looks like a Hugging Face file, but {error}") from error
+    _refuse_other_files(names, source)
+    # A saved Sam3Image has the SAM heads under the predictor's name.
+    names = {
+        TRACKER_PREFIX + key.removeprefix(HEADS_PREFIX) if key.startswith(HEADS_PREFIX) else key: value
+        for key, value in names.items()
+    }
+    if any(key.startswith(DETECTOR_PREFIX) for key in names) or not any(key.startswith(_BARE) for key in names):
+        return names, f"released{ddp}"
+    return released_layout(names, source), f"released, without detector.{ddp}"
+
+
+def identify_config(released: Mapping[str, Tensor], source: str) -> Sam3Config:
+    """The description of a checkpoint that has no record of it, from keys and shapes.
+
+    Args:
+        released: State dict in the released layout.
+        source: The file's name, for errors.
+
+    Raises:
+        CheckpointError: If nothing fits; the message names the nearest layout and the first differing keys.
+    """
+    shape = tuple(released[_NECK_KEY].shape[:2]) if _NECK_KEY in released else None
+    for config in PRESETS.values():
+        if shape == (config.hidden_dim, config.trunk.embed_dim):
+            return config.replace(student=_identify_student(released, source))
+    raise CheckpointError(_nearest_layout(released, source))
+
+
+def _identify_student(released: Mapping[str, Tensor], source: str) -> StudentConfig | None:
+    if not any(key.startswith(STUDENT_PREFIX) for key in released):
+        return None
+    try:
+        return identify_student_config({key: value.shape for key, value in released.items()})
+    except UnknownLayoutError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+
+
+def _nearest_layout(released: Mapping[str, Tensor], source: str) -> str:
+    layouts = {}
+    for name, config in PRESETS.items():
+        model = assemble_image_model(config, enable_inst_interactivity=True, device="meta", enable_detector=True)
+        own = to_released(model.state_dict(), config)
+        layouts[name] = {key: value.shape for key, value in own.items() if not key.endswith(RECOMPUTED_SUFFIX)}
+    found = {key: value.shape for key, value in released.items()}
+    name = max(layouts, key=lambda n: (len(layouts[n].items() & found.items()), len(layouts[n].keys() & found.keys())))
+    missing = [key for key in layouts[name] if key not in released]
+    unexpected = sorted(key for key in released if key not in layouts[name])
+    others = f", the file has {len(unexpected)} others, first {unexpected[:2]}" if unexpected else ""
+    return (
+        f"{source}: not a layout that is known here. The nearest is {name!r}, with {len(missing)} of "
+        f"{len(layouts[name])} keys missing, first {missing[:2]}{others}"
+    )
+
+
+# --- files that are something else ------------------------------------------------------------------------------------
+
+Keys = Mapping[str, Tensor]
+_OTHER_FILES: tuple[tuple[Callable[[Keys], bool], str], ...] = (
+    (
+        lambda keys: any(key.endswith(_SAM31) for key in keys),
+        "rotary tables called freqs_cis_real and freqs_cis_imag: a file of SAM 3.1, or one that its code saved. Only "
+        "SAM 3 is read here: give its sam3.pt",
+    ),
+    (
+        lambda keys: any("spatial_perceiver." in key for key in keys),
+        "a checkpoint of the memory training (stage 2), for video; this version reads image models. Give the merged "
+        "file that the training started from",
+    ),
+    (
+        lambda keys: any(key.startswith(("student_trunk.", "frozen_convs.")) for key in keys),
+        "a training checkpoint of the geometry fine-tuning: convert it to a merged file first",
+    ),
+    (
+        lambda keys: any(key.startswith("image_encoder.trunk.") for key in keys),
+        "a SAM 2 checkpoint; only SAM 3 and its students are read here",
+    ),
+    (
+        lambda keys: any(key.startswith("image_encoder.") for key in keys),
+        "a checkpoint of the first SAM or of a model of its family; only SAM 3 and its students are read here",
+    ),
+    (
+        lambda keys: any(k.removeprefix("detector.").startswith(BACKBONE_PREFIX) for k in keys),
+        "a student's own checkpoint, without neck and heads: merge it into a SAM 3 checkpoint first "
+        "(stage1/convert_stage1_weights.py)",
+    ),
+    (
+        lambda keys: any("language_backbone.encoder.embedding_layer." in key for key in keys),
+        "a model with a student text encoder (MobileCLIP), which is not read here: only SAM 3's own text encoder is",
+    ),
+    (
+        lambda keys: bool(keys) and all(key.startswith(TRACKER_PREFIX) for key in keys),
+        "the tracker alone, without image trunk and neck: give the whole sam3.pt",
+    ),
+)
+
+
+def _refuse_other_files(keys: Keys, source: str) -> None:
+    for is_it, what in _OTHER_FILES:
+        if is_it(keys):
+            raise CheckpointError(f"{source}: {what}")
+
+
+# --- the record of this project's files -------------------------------------------------------------------------------
+
+
+def _config_of_record(metadata: Mapping[str, Any], source: str) -> Sam3Config | None:
+    record = metadata.get("model")
+    if record is None:
+        return None
+    try:
+        return Sam3Config.from_dict(record)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{source}: the model description in the metadata cannot be read: {error}") from error
+
+
+def _preprocess_of_record(metadata: Mapping[str, Any], source: str) -> Preprocess | None:
+    record = metadata.get("preprocess")
+    if record is None:
+        return None
+    try:
+        return Preprocess.from_dict(record)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{source}: the preprocessing in the metadata cannot be read: {error}") from error
