@@ -6,6 +6,7 @@ import copy
 import hashlib
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -277,6 +278,22 @@ def test_an_entry_holds_its_own_text_alone(backbone: SAM3VLBackbone) -> None:
     backbone.forward_text(TEXTS)
     sizes = {entry.untyped_storage().nbytes() for entry in backbone.text_cache._entries.values()}
     assert sizes == {32 * TINY.hidden_dim * 4}
+
+
+def test_threads_share_it(backbone: SAM3VLBackbone) -> None:
+    backbone.text_cache.max_entries = 2
+    texts = [f"number {i}" for i in range(5)]
+    with torch.no_grad():
+        expected = backbone.language_backbone(texts)[1]
+
+    @torch.no_grad()
+    def ask(turn: int) -> float:
+        order = [(turn + i) % 5 for i in range(3)]
+        features = backbone.forward_text([texts[i] for i in order])["language_features"]
+        return (features - expected[:, order]).abs().max().item()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(ask, range(60))) < 1e-5
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 
 import torch
@@ -17,11 +18,12 @@ class TextFeatureCache:
 
     What is kept is keyed by the token ids (so spelling that the tokenizer ignores does not matter) and by the
     precision it was computed in. It is dropped when a weight was replaced or changed in place. An entry of the released
-    model takes 32 KB.
+    model takes 32 KB. Threads may share it.
     """
 
     def __init__(self, max_entries: int = 256) -> None:
         self.max_entries = max_entries
+        self._lock = threading.Lock()
         self.clear()
 
     def clear(self) -> None:
@@ -48,24 +50,28 @@ class TextFeatureCache:
         """
         if torch.is_grad_enabled() or encoder.training or torch.compiler.is_compiling():
             return encoder.encode(embeds)
-        self._forget_if_changed(encoder)
         precision = _autocast_dtype(embeds.device.type)
         keys: list[Key] = [(tuple(row), precision) for row in ids.tolist()]
-        missing = {key: i for i, key in enumerate(keys) if key not in self._entries}
-        found = {key: self._entries[key] for key in keys if key not in missing}
+        with self._lock:
+            self._forget_if_changed(encoder)
+            entries = self._entries
+            found = {key: entries[key] for key in keys if key in entries}
+        missing = {key: i for i, key in enumerate(keys) if key not in found}
         if missing:
             computed = encoder.encode(embeds[:, list(missing.values())])
             found.update(zip(missing, computed.unbind(1), strict=True))
-        self._keep(keys, found)
+        with self._lock:
+            self._keep(entries, keys, found)
         return torch.stack([found[key] for key in keys], dim=1)
 
-    def _keep(self, keys: list[Key], found: dict[Key, Tensor]) -> None:
+    def _keep(self, entries: OrderedDict[Key, Tensor], keys: list[Key], found: dict[Key, Tensor]) -> None:
+        """``entries`` are those that were searched: if another thread has cleared the cache since, nothing is kept."""
         for key in keys:
-            if key not in self._entries:  # cloned: a view would keep its whole batch alive
-                self._entries[key] = found[key].clone()
-            self._entries.move_to_end(key)
-        while len(self._entries) > self.max_entries:
-            self._entries.popitem(last=False)
+            if key not in entries:  # cloned: a view would keep its whole batch alive
+                entries[key] = found[key].clone()
+            entries.move_to_end(key)
+        while len(entries) > self.max_entries:
+            entries.popitem(last=False)
 
     def _forget_if_changed(self, encoder: VETextEncoder) -> None:
         weights: list[Tensor] = list(encoder.parameters())
