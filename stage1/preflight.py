@@ -25,6 +25,7 @@ from stage1.config import RANDOM_INIT, model_config, preprocess_config, teacher_
 from stage1.data.build import image_index_from_config
 from stage1.export_data import augment_config
 from stage1.feature_scale import NORMALIZATIONS
+from stage1.mask_agreement import require_teacher_of_store
 
 PER_STUDENT_KEYS = frozenset({"OUTPUT", *(f"MODEL.{k}" for k in ("NAME", "BACKBONE", "FUSE_STRIDE16", "PRETRAINED"))})
 """Settings in which students of one run may differ; all else belongs to the pass over the data."""
@@ -127,8 +128,14 @@ def _check_pretrained(source: str, problems: list[str]) -> None:
         problems.append(f"MODEL.PRETRAINED: there is no file {source}; say timm, {RANDOM_INIT}, or name a file")
 
 
-def check_data(cfg: CfgNode, world_size: int, problems: list[str]) -> TrainingData | None:
+def check_data(cfg: CfgNode, world_size: int, problems: list[str], is_main: bool = True) -> TrainingData | None:
     """Open images and embeddings and check that they belong together.
+
+    Args:
+        cfg: The settings.
+        world_size: Processes that share an epoch.
+        problems: Receives what is wrong.
+        is_main: Whether this is the main process: it alone compares the teacher's file with the store.
 
     Returns:
         None if anything is wrong; the reasons are then among the problems.
@@ -153,6 +160,9 @@ def check_data(cfg: CfgNode, world_size: int, problems: list[str]) -> TrainingDa
         val = _covered(store, val, problems) if val is not None else None
         if train is None:
             return None
+    path = cfg.MODEL.SAM3_CHECKPOINT
+    if cfg.VAL.ENABLE and cfg.VAL.MASK_AGREEMENT and is_main and Path(path).is_file():
+        attempt(problems, lambda: require_teacher_of_store(path, teacher, preprocess, store))
     if len(train) < cfg.DATA.BATCH_SIZE * world_size:
         problems.append(
             f"DATA.BATCH_SIZE {cfg.DATA.BATCH_SIZE} over {world_size} processes is more than the {len(train)} training "

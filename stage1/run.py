@@ -133,7 +133,7 @@ def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:
         problems.append("--resume names one checkpoint, but several students train; each resumes from its own folder")
     models = check_students(cfgs, problems)
     check_settings(cfgs[0], problems, run.is_main)
-    data = check_data(cfgs[0], run.world_size, problems)
+    data = check_data(cfgs[0], run.world_size, problems, run.is_main)
     if data is None or len(models) < len(cfgs):
         require_no_problems(problems)
         raise AssertionError("the preflight found no data and no problem")

@@ -27,7 +27,7 @@ from stage1.config import RANDOM_INIT, model_config, teacher_config
 from stage1.data.build import Stage1Loader, build_loader, left_out_images
 from stage1.data.sa1b_dataset import Stage1Dataset
 from stage1.feature_scale import error_scale, measure_channel_variance
-from stage1.mask_agreement import MaskAgreement
+from stage1.mask_agreement import MaskAgreement, require_teacher_of_store
 from stage1.model import LossWeights, Stage1Task, online_features, stored_features
 from stage1.preflight import TrainingData
 from stage1.teacher import Teacher
@@ -155,9 +155,11 @@ def build_members(
     cfg = cfgs[0]
     agreement = None
     if cfg.VAL.MASK_AGREEMENT and source.val is not None:
-        agreement = MaskAgreement.from_checkpoint(
-            cfg.MODEL.SAM3_CHECKPOINT or download_ckpt_from_hf(), teacher_config(cfg), run.device, cfg.VAL.MASK_PROMPTS
-        )
+        path = cfg.MODEL.SAM3_CHECKPOINT
+        if not path:  # a file that is named has been compared in the preflight
+            path = download_ckpt_from_hf()
+            require_teacher_of_store(path, teacher_config(cfg), data.preprocess, data.store)
+        agreement = MaskAgreement.from_checkpoint(path, teacher_config(cfg), run.device, cfg.VAL.MASK_PROMPTS)
     members = []
     # Only rank 0's machine may have the folders, and what follows has barriers: all ranks must agree.
     runs = list(zip(cfgs, outputs, strict=True)) if run.is_main else []

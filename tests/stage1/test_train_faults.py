@@ -11,7 +11,9 @@ import pytest
 import torch
 from stage1_world import Stage1World, make_random_teacher
 
+from sam3.checkpoint_io import read_state_dict, write_merged
 from sam3.checkpoint_keys import student_from_published
+from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import CheckpointManager, load_checkpoint
 from sam3_train.log import read_metrics
 from sam3_train.run_lock import RunLock
@@ -129,6 +131,25 @@ def test_a_run_that_may_not_start_touches_nothing_of_the_other_one(world, finish
     assert (run / "config.json").read_text() == "of the other run"
     assert train(cfg, run) == 0
     assert '"num_train_images"' in (run / "config.json").read_text()
+
+
+def test_mask_agreement_wants_the_teacher_of_the_store(world, tmp_path, capfd):
+    """D-137: heads of another teacher would judge features that they do not understand."""
+    other = make_random_teacher(tmp_path / "other.safetensors", seed=1)
+    state_dict, metadata = read_state_dict(world.teacher)
+    letterboxed = tmp_path / "letterboxed.safetensors"
+    record = {**metadata, "preprocess": Preprocess(252, mode="letterbox").to_dict()}
+    write_merged(letterboxed, state_dict, record)
+    cfg = world.config("agreement", VAL__MASK_AGREEMENT=True)
+    words = ["--dry-run", "--opts", "VAL.MASK_PROMPTS", "0", "MODEL.SAM3_CHECKPOINT"]
+    assert train(cfg, tmp_path / "run", *words, str(other)) == 2
+    stderr = capfd.readouterr().err
+    assert "2 problems" in stderr and f"VAL.MASK_AGREEMENT: the trunk in {other} has sha256" in stderr
+    assert str(world.store) in stderr and "VAL.MASK_PROMPTS: 0 is out of range" in stderr
+    assert train(cfg, tmp_path / "run", *words, str(letterboxed)) == 2
+    stderr = capfd.readouterr().err
+    assert "'mode': 'letterbox'" in stderr and "letterboxed.safetensors" in stderr and "sha256" not in stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_impossible_views_are_named_with_all_else_that_is_wrong(world, tmp_path, capfd):
