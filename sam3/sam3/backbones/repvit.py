@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from sam3.backbones.folding import fold_conv_norm, sum_depthwise_branches
-from sam3.backbones.registry import BackboneSpec, register
-from sam3.backbones.timm_network import build_timm, forward_stem_and_stages
+from sam3.backbones.timm_network import build_timm, register_timm_family
 
 
 def _build(timm_name: str) -> nn.Module:
@@ -37,28 +36,16 @@ def _fold_mixer(mixer: Any) -> nn.Conv2d:
     return fold_conv_norm(sum_depthwise_branches(kernel_3x3, mixer.conv1), mixer.bn)
 
 
-def _forward_taps(network: Any, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
-    return forward_stem_and_stages(network.stem, network.stages, images_bchw)
-
-
-for _name, _student, _channels in (
-    ("repvit_m0_9", "es_rv_s", (192, 384)),
-    ("repvit_m1_1", "es_rv_m", (256, 512)),
-    ("repvit_m2_3", "es_rv_l", (320, 640)),
-):
-    register(
-        BackboneSpec(
-            name=_name,
-            build=lambda timm_name=_name: _build(timm_name),  # type: ignore[misc]
-            forward_taps=_forward_taps,
-            tap_channels=_channels,
-            tap_strides_px=(16, 32),
-            marker="features.",
-            student_name=_student,
-            timm_name=_name,
-            key_family="repvit",
-            classifier_prefixes=("head.", "classifier."),
-            conv_gelu_pairs={"RepVitMlp": (("conv1", "act"),), "RepVitStem": (("conv1", "act1"),)},
-            fold=_fold_branches,
-        )
-    )
+register_timm_family(
+    "repvit",
+    (
+        ("repvit_m0_9", "es_rv_s", (192, 384)),
+        ("repvit_m1_1", "es_rv_m", (256, 512)),
+        ("repvit_m2_3", "es_rv_l", (320, 640)),
+    ),
+    _build,
+    marker="features.",
+    classifier_prefixes=("head.", "classifier."),
+    conv_gelu_pairs={"RepVitMlp": (("conv1", "act"),), "RepVitStem": (("conv1", "act1"),)},
+    fold=_fold_branches,
+)

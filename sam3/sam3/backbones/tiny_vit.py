@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam3.backbones.registry import BackboneSpec, register
-from sam3.backbones.timm_network import build_timm, forward_stem_and_stages
+from sam3.backbones.timm_network import build_timm, register_timm_family
 
 
 def _build(timm_name: str) -> nn.Module:
@@ -64,31 +63,21 @@ def bias_table_index(height: int, width: int) -> Tensor:
     return (y[:, None] - y).abs() * width + (x[:, None] - x).abs()
 
 
-def _forward_taps(network: Any, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
-    return forward_stem_and_stages(network.patch_embed, network.stages, images_bchw)
-
-
-for _name, _student, _channels in (
-    ("tiny_vit_5m", "es_tv_s", (160, 320)),
-    ("tiny_vit_11m", "es_tv_m", (256, 448)),
-    ("tiny_vit_21m", "es_tv_l", (384, 576)),
-):
-    register(
-        BackboneSpec(
-            name=_name,
-            build=lambda timm_name=f"{_name}_224": _build(timm_name),  # type: ignore[misc]
-            forward_taps=_forward_taps,
-            tap_channels=_channels,
-            tap_strides_px=(16, 32),
-            marker="layers.",
-            student_name=_student,
-            timm_name=f"{_name}_224",
-            key_family="tiny_vit",
-            classifier_prefixes=("head.", "norm_head."),
-            conv_gelu_pairs={
-                "PatchEmbed": (("conv1", "act"),),
-                "MBConv": (("conv1", "act1"), ("conv2", "act2")),
-                "PatchMerging": (("conv1", "act1"), ("conv2", "act2")),
-            },
-        )
-    )
+register_timm_family(
+    "tiny_vit",
+    (
+        ("tiny_vit_5m", "es_tv_s", (160, 320)),
+        ("tiny_vit_11m", "es_tv_m", (256, 448)),
+        ("tiny_vit_21m", "es_tv_l", (384, 576)),
+    ),
+    _build,
+    stem="patch_embed",
+    timm_suffix="_224",
+    marker="layers.",
+    classifier_prefixes=("head.", "norm_head."),
+    conv_gelu_pairs={
+        "PatchEmbed": (("conv1", "act"),),
+        "MBConv": (("conv1", "act1"), ("conv2", "act2")),
+        "PatchMerging": (("conv1", "act1"), ("conv2", "act2")),
+    },
+)
