@@ -51,10 +51,10 @@ class RunLog:
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             self._file = _open_append(self.folder / "log_rank0.txt")
-            _drop_after(self.folder / METRICS_NAME, resume_step, resume_epoch)
+            kept = _drop_after(self.folder / METRICS_NAME, resume_step, resume_epoch)
             self._metrics = _open_append(self.folder / METRICS_NAME)
         if tensorboard:
-            self._board = self._open_board(resume_step)
+            self._board = self._open_board(resume_step, kept)
 
     def info(self, message: str) -> None:
         """One line for the console and the log file, main process only."""
@@ -119,14 +119,20 @@ class RunLog:
             print(message, file=stream)
         stream.flush()
 
-    def _open_board(self, resume_step: int | None) -> Any:
+    def _open_board(self, resume_step: int | None, kept: list[dict[str, Any]]) -> Any:
+        """A writer whose reader forgets what `_drop_after` has dropped."""
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.warn("no TensorBoard scalars: install tensorboard (pip install 'efficientsam3[stage1]')")
             return None
-        purge = None if resume_step is None else resume_step + 1
-        return SummaryWriter(str(self.folder / TENSORBOARD_FOLDER), purge_step=purge)
+        board = SummaryWriter(str(self.folder / TENSORBOARD_FOLDER), purge_step=resume_step)
+        # A purge takes all of a step: a validation that will be done again, and the training numbers that stay.
+        for record in kept:
+            for name, value in record.items() if record["step"] == resume_step else ():
+                if name not in ("kind", "epoch", "step"):
+                    board.add_scalar(f"{record['kind']}/{name}", math.nan if value is None else value, resume_step)
+        return board
 
 
 def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -147,12 +153,14 @@ def _open_append(path: Path) -> IO[str]:
     return open(path, "a", encoding="utf-8", buffering=1)
 
 
-def _drop_after(path: Path, resume_step: int | None, resume_epoch: int | None) -> None:
+def _drop_after(path: Path, resume_step: int | None, resume_epoch: int | None) -> list[dict[str, Any]]:
+    """Remove the numbers that a resumed run makes again; returns those that stay."""
     if not path.exists():
-        return
+        return []
     kept = [] if resume_step is None else [r for r in read_metrics(path.parent) if r["step"] <= resume_step]
     if resume_epoch is not None:
         kept = [record for record in kept if record["kind"] != "val" or record["epoch"] < resume_epoch]
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     aside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
     os.replace(aside, path)
+    return kept

@@ -79,6 +79,23 @@ def test_a_validation_that_is_done_again_is_logged_once(tmp_path):
     ]
 
 
+def test_tensorboard_shows_a_validation_that_is_done_again_once(tmp_path):
+    """D-49: and keeps the training numbers of the step that is continued from."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with RunLog(tmp_path) as log:
+        for step in (5, 6, 7):
+            log.numbers("train", 0, step, {"loss": float(step)})
+        log.numbers("val", 0, 6, {"iou": 0.1})
+    with RunLog(tmp_path, resume_step=6, resume_epoch=0) as log:
+        log.numbers("val", 0, 6, {"iou": 0.2})
+        log.numbers("train", 1, 7, {"loss": 70.0})
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    values = {tag: [(e.step, round(e.value, 3)) for e in shown.Scalars(tag)] for tag in ("train/loss", "val/iou")}
+    assert values == {"train/loss": [(5, 5.0), (6, 6.0), (7, 70.0)], "val/iou": [(6, 0.2)]}
+
+
 def test_a_missing_tensorboard_is_said_and_training_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     train_toy(tmp_path, ["TRAIN.MAX_STEPS", "1"])
