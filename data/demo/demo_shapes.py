@@ -217,7 +217,7 @@ def sample_shape(
     )
     if colour in ("white", "black", "gray"):
         second = first + np.float32((first.mean() < 128) * 2 - 1) * np.float32(rng.uniform(22, 45))
-    texture = textures[rng.integers(len(textures))]
+    texture = textures[int(rng.integers(len(textures)))]
     outline = SHAPES[kind](rng)
     return Shape(kind, colour, texture, outline, (first, second.astype(np.float32)), int(rng.integers(2**31)))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -207,7 +208,7 @@ def write_photos(folder: Path) -> None:
             listing[target.name] = split
             if not target.is_file():
                 photo = load_photo(name)
-                _write_whole(target, lambda path, photo=photo: photo.save(path, format="JPEG", quality=95))
+                _write_whole(target, functools.partial(photo.save, format="JPEG", quality=95))
     held_out = sorted(name for name, split in listing.items() if split != "train")
     text = json.dumps({"split": listing, "held_out": held_out}, indent=2)
     _write_whole(folder / "photos.json", lambda path: path.write_text(text))

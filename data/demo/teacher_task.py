@@ -76,7 +76,9 @@ class PromptableTask(Task):
         model.heads.sam_mask_decoder.transformer.register_forward_hook(self._keep_marked_tokens)
         # The detector's neck belongs to the model but not to this loss.
         freeze(model.backbone.vision_backbone.convs)
-        for coarsest in model.backbone.vision_backbone.sam2_convs[-model.config.neck.scalp :]:
+        sam2_convs = model.backbone.vision_backbone.sam2_convs
+        assert sam2_convs is not None, "the model has SAM heads"
+        for coarsest in sam2_convs[-model.config.neck.scalp :]:
             coarsest.requires_grad_(False)  # nothing reads it
         self.prompts_per_image = prompts_per_image
         self.num_corrections = num_corrections
@@ -276,7 +278,8 @@ def init_for_training(model: Sam3Image, seed: int) -> None:
         if isinstance(module, nn.Linear):
             std = (2.0 / (module.in_features + module.out_features)) ** 0.5
             module.weight.normal_(0.0, std, generator=generator)
-    model.backbone.vision_backbone.sam2_convs[2].conv_3x3.weight.mul_(0.1)
+    neck: Any = model.backbone.vision_backbone.sam2_convs
+    neck[2].conv_3x3.weight.mul_(0.1)
     frequencies = model.heads.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix
     angle = torch.rand(frequencies.shape[1], generator=generator) * 2 * torch.pi
     frequencies.copy_(torch.stack([angle.cos(), angle.sin()]) * torch.logspace(-1.1, -0.3, len(angle)))
