@@ -252,7 +252,8 @@ class TransformerDecoder(nn.Module):
         """(B, N, 2) edges -> (B, heads, 1 + N, size), with the presence token's zeros in front."""
         offsets = log_offsets(edges, size)
         bias = embed(offsets.to(next(embed.parameters()).dtype))
-        return F.pad(bias.permute(0, 3, 1, 2), (0, 0, 1, 0))
+        # Contiguous, or the sum over rows and columns would be laid out heads last and attention would copy it.
+        return F.pad(bias.permute(0, 3, 1, 2), (0, 0, 1, 0)).contiguous()
 
 
 class TransformerWrapper(nn.Module):
