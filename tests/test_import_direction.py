@@ -12,7 +12,10 @@ ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("stage1", "stage1_geometry_finetune", "stage2")
 PACKAGES = {"sam3": "sam3/sam3", "sam3_train": "sam3/sam3_train", **{name: name for name in STAGES}}
 # What the model library may import beyond Python itself: a script that only predicts installs no training package.
-SAM3_MAY_IMPORT = {"sam3", "torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub"}
+SAM3_MAY_IMPORT = {
+    *("sam3", "torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub"),
+    *("open_clip", "scipy", "tqdm"),
+}
 # The oracle of the tests and of the benchmark; no run of ours may depend on it.
 ORACLES = {"transformers"}
 

@@ -1,0 +1,48 @@
+"""How the model library's own commands end: 0 done, 2 a mistake of the user (no traceback), 130 interrupted.
+
+Anything else is a bug: it leaves ``main`` as an exception, and Python prints its traceback and ends with 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+MainBody = Callable[["list[str] | None"], "int | None"]
+
+
+class CommandError(Exception):
+    """Something the user can repair: the message names the file or option, the bad value and the remedy."""
+
+    @classmethod
+    def from_problems(cls, problems: Sequence[str]) -> CommandError:
+        """One error for everything that is wrong, so that it is repaired in one go."""
+        if len(problems) == 1:
+            return cls(problems[0])
+        return cls(f"{len(problems)} problems\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def run_command(main_body: MainBody, argv: list[str] | None = None) -> int:
+    """Run a command and map the way it ends to an exit code.
+
+    Args:
+        main_body: The command; gets ``argv`` (None means ``sys.argv[1:]``) and returns an exit code or None for 0.
+        argv: Passed through.
+    """
+    from sam3.checkpoint_io import CheckpointError
+    from sam3.image_input import ImageInputError
+    from sam3.preprocess import PreprocessMismatchError
+    from sam3.sam.prompts import PromptError
+
+    try:
+        return main_body(argv) or EXIT_DONE
+    except (CommandError, CheckpointError, ImageInputError, PreprocessMismatchError, PromptError) as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
