@@ -23,12 +23,16 @@ class EvalScene:
     """uint8 RGB, (H, W, 3)."""
     masks: np.ndarray
     """bool (N, H, W)."""
+    categories: tuple[str, ...]
+    """What each object is: "red circle"."""
 
 
 def generate_test_scenes(count: int, seed: int = 0) -> list[EvalScene]:
     """The first ``count`` scenes of the demo world's test split, before they are compressed."""
     scenes = (make_scene(seed, "test", index) for index in range(count))
-    return [EvalScene(scene.image, scene.masks) for scene in scenes]
+    return [
+        EvalScene(scene.image, scene.masks, tuple(item.shape.category for item in scene.objects)) for scene in scenes
+    ]
 
 
 def evaluate_promptable(model: Any, scenes: Iterable[Any], max_objects: int | None = None) -> dict[str, float]:

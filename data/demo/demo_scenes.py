@@ -32,7 +32,7 @@ WORLD_STYLE = SceneStyle((0.15, 0.34), 0.7, 0.02)
 TRAINING_STYLE = SceneStyle((0.11, 0.3), 0.4, 0.008)
 """What the tiny teacher is trained on: smaller and more hidden objects than the world shows."""
 ALIKE_STYLE = SceneStyle((0.12, 0.3), 0.5, 0.01, alike_share=0.5)
-"""What the tiny teacher's detector is trained on: a phrase is often answered by several objects, or nearly by others."""
+"""What the tiny teacher's detector is trained on: often several objects answer a phrase, or others nearly do."""
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """Train the tiny teacher of the demo: preset `tiny`, image path and SAM heads, on generated scenes.
 
-    python -m sam3_train.torchrun --nproc_per_node 2 data/demo/train_tiny_teacher.py --device cpu   # two CPU cores
-    python data/demo/train_tiny_teacher.py --device cuda --batch-size 16                            # one GPU
+    python -m sam3_train.torchrun --nproc_per_node 2 data/demo/train_tiny_teacher.py --device cpu --batch-size 2
+    python data/demo/train_tiny_teacher.py --device cuda --batch-size 16   # one GPU
     python data/demo/train_tiny_teacher.py --export-only                   # only write the weights of the newest run
 
+The first line is for two CPU cores: ``--batch-size`` counts scenes per process, and two times two are the four scenes
+per step that the recipe's schedule was made for.
 The same command again resumes. The run's folder (default ``output/demo/teacher``) holds the generated scenes, the
 checkpoints and ``log_rank0.txt``. The result is ``data/demo/tiny_teacher.safetensors`` (fp16, the released layout) and
 ``data/demo/tiny_teacher.json``: command, seed, time, device, and mIoU on the held-out test scenes of the demo world.
@@ -28,6 +30,7 @@ HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "tiny_teacher.safetensors"
 RECORD = HERE / "tiny_teacher.json"
 TRAINING_NOTE = "training.json"
+SCRIPT = "data/demo/train_tiny_teacher.py"
 FIRST_SCENES = 6
 """So many of the test scenes are scored apart, for a quick check of the shipped file."""
 
@@ -79,7 +82,7 @@ def _main(argv: list[str] | None) -> int:
             started = time.time()
             _train(cfg, run, args)
             if run.is_main and not args.dry_run:
-                _note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, time.time() - started, run)
+                note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, SCRIPT, time.time() - started, run)
         if run.is_main and not args.dry_run:
             _export(cfg, args)
     return 0
@@ -91,7 +94,6 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
     from torch.utils.data import DataLoader
 
     from sam3.config import Sam3Config
-    from sam3.model_builder import build_sam3_image_model
     from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler
     from sam3_train.distributed import barrier
     from sam3_train.loop import fit
@@ -108,9 +110,7 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
         for folder, spec in pools.values():
             build_pool(folder, spec, cfg.DATA.NUM_WORKERS)
     barrier()
-    model = build_sam3_image_model(
-        load_from_HF=False, device="cpu", eval_mode=False, enable_inst_interactivity=True, config=config
-    )
+    model = build_promptable_model(config)
     init_for_training(model, cfg.SEED)
     if args.dry_run:
         print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; scenes would go to {output}")
@@ -138,11 +138,25 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
     )
 
 
-def _note_training(path: Path, seconds: float, run: Any) -> None:
+def build_promptable_model(config: Any) -> Any:
+    """Trunk, both necks and SAM heads with fresh weights; `train_tiny_detector.py` adds the rest."""
+    from sam3.model_builder import build_sam3_image_model
+
+    return build_sam3_image_model(
+        load_from_HF=False,
+        device="cpu",
+        eval_mode=False,
+        enable_inst_interactivity=True,
+        enable_detector=False,
+        config=config,
+    )
+
+
+def note_training(path: Path, script: str, seconds: float, run: Any) -> None:
     """Keep what the record will say about the training; the seconds of a resumed run add up."""
     before = json.loads(path.read_text()) if path.is_file() else {}
     note = {
-        "command": " ".join(["python data/demo/train_tiny_teacher.py", *sys.argv[1:]]),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
         "training_seconds": round(before.get("training_seconds", 0) + seconds),
         "training_device": f"{run.world_size} x {run.device}, {torch_threads()} threads each",
     }
@@ -165,7 +179,6 @@ def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
     from sam3 import load_model
     from sam3.checkpoint_io import sha256_file, write_merged
     from sam3.config import Sam3Config
-    from sam3.model_builder import build_sam3_image_model
     from sam3.released_names import to_released
     from sam3_train.checkpoint import CheckpointManager, load_checkpoint
 
@@ -175,7 +188,7 @@ def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
     path = Path(cfg.OUTPUT) / newest["file"]
     state = load_checkpoint(path)
     config = Sam3Config.preset("tiny")
-    model = build_sam3_image_model(load_from_HF=False, device="cpu", enable_inst_interactivity=True, config=config)
+    model = build_promptable_model(config)
     task = PromptableTask(model)
     task.load_saved_state(state.get("ema") or state["model"], str(path))
     metadata = {
