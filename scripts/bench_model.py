@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from hf_models import hf_vision_config
 from torch import Tensor, nn
 
 from sam3.config import Sam3Config
@@ -30,26 +31,9 @@ def build_pair(config: Sam3Config, device: torch.device, dtype: torch.dtype) -> 
     import transformers
 
     torch.manual_seed(0)
-    ours = assemble_image_model(config, device=device).to(dtype).eval().requires_grad_(False)
-    trunk, grid = config.trunk, config.grid_size
-    hf_config = transformers.Sam3VisionConfig(
-        backbone_config=transformers.Sam3ViTConfig(
-            hidden_size=trunk.embed_dim,
-            intermediate_size=trunk.mlp_dim,
-            num_hidden_layers=trunk.depth,
-            num_attention_heads=trunk.num_heads,
-            image_size=config.image_size_px,
-            patch_size=trunk.patch_size_px,
-            layer_norm_eps=1e-5,
-            window_size=trunk.window_size,
-            global_attn_indexes=list(trunk.global_blocks),
-            pretrain_image_size=trunk.pretrain_img_size_px,
-        ),
-        fpn_hidden_size=config.hidden_dim,
-        backbone_feature_sizes=[[grid * 4] * 2, [grid * 2] * 2, [grid] * 2],
-    )
+    ours = assemble_image_model(config, device=device, enable_detector=False).to(dtype).eval().requires_grad_(False)
     weights = released_to_hf(released_state_dict(ours))
-    theirs = transformers.Sam3VisionModel(hf_config).to(device, dtype).eval().requires_grad_(False)
+    theirs = transformers.Sam3VisionModel(hf_vision_config(config)).to(device, dtype).eval().requires_grad_(False)
     vision = {k.removeprefix(_HF_VISION): v for k, v in weights.items() if k.startswith(_HF_VISION)}
     theirs.load_state_dict(vision, assign=True)
     return ours, theirs

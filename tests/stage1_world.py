@@ -68,7 +68,7 @@ def make_random_teacher(path: Path, seed: int = 0) -> Path:
     """A file in the released layout that holds the tiny preset with random weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = assemble_image_model(TINY, enable_inst_interactivity=True)
+        model = assemble_image_model(TINY, enable_inst_interactivity=True, enable_detector=False)
     write_merged(path, released_state_dict(model), {"variant": "tiny", "model": TINY.to_dict()})
     return path
 

@@ -23,7 +23,7 @@ from sam3_train.errors import UserError
 def build(config: Sam3Config):
     torch.manual_seed(0)
     return build_sam3_image_model(
-        load_from_HF=False, device="cpu", enable_inst_interactivity=True, enable_text_encoder=False, config=config
+        load_from_HF=False, device="cpu", enable_inst_interactivity=True, enable_detector=False, config=config
     )
 
 

@@ -55,7 +55,7 @@ def load_model(
         PreprocessMismatchError: If ``preprocess`` contradicts the file's record.
     """
     checkpoint = recognise(read_checkpoint(find_checkpoint(path_or_hub_id)))
-    model = checkpoint.assemble(_preprocess(checkpoint, preprocess))
+    model = checkpoint.assemble(choose_preprocess(checkpoint, preprocess))
     model.to(dtype or torch.float32)
     load_released(model, checkpoint.weights_for(model), checkpoint.source)
     model.missing_parts = checkpoint.missing_parts
@@ -89,7 +89,12 @@ def find_checkpoint(path_or_hub_id: str | Path) -> Path:
     return download_ckpt_from_hf(hub_id["repo"], filename)
 
 
-def _preprocess(checkpoint: Recognised, given: Preprocess | None) -> Preprocess | None:
+def choose_preprocess(checkpoint: Recognised, given: Preprocess | None) -> Preprocess | None:
+    """What a checkpoint's record says, else what the caller says, else None: SAM 3's own.
+
+    Raises:
+        PreprocessMismatchError: If the two contradict each other.
+    """
     recorded = checkpoint.preprocess
     if recorded is not None:
         if given is not None:

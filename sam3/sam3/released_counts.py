@@ -1,8 +1,8 @@
 """Parameters of the released SAM 3, component by component: facts, for reports.
 
 Counted on the model of Meta's ``sam3`` package 0.1.4 built on the meta device; buffers are not parameters. The names
-are those of the released file. This package builds some of the components only (`compare_built`); the table is the one
-place where the size of the others is written down.
+are those of the released file. An image model has all of them but the tracker's memory (`compare_built`); the table is
+the one place where the size of that is written down.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Component:
     """Where its parameters are in a released file."""
     parameters: int
     built_as: tuple[str, ...] = ()
-    """Where its parameters are in a `Sam3Image`; empty for what this version does not build."""
+    """Where its parameters are in a `Sam3Image`; empty for what no image model has."""
 
 
 _VISION = "backbone.vision_backbone."
@@ -39,11 +39,11 @@ COMPONENTS = (
     Component(
         "vision neck, tracker", "detector.backbone.vision_backbone.sam2_convs.", NECK, (f"{_VISION}sam2_convs.",)
     ),
-    Component("text encoder", "detector.backbone.language_backbone.", 353_724_672),
-    Component("geometry encoder", "detector.geometry_encoder.", 8_215_808),
-    Component("detector transformer", "detector.transformer.", 21_047_605),
-    Component("segmentation head", "detector.segmentation_head.", 2_298_881),
-    Component("text scoring", "detector.dot_prod_scoring.", 1_182_976),
+    Component("text encoder", "detector.backbone.language_backbone.", 353_724_672, ("backbone.language_backbone.",)),
+    Component("geometry encoder", "detector.geometry_encoder.", 8_215_808, ("geometry_encoder.",)),
+    Component("detector transformer", "detector.transformer.", 21_047_605, ("transformer.",)),
+    Component("segmentation head", "detector.segmentation_head.", 2_298_881, ("segmentation_head.",)),
+    Component("text scoring", "detector.dot_prod_scoring.", 1_182_976, ("dot_prod_scoring.",)),
     Component("SAM heads", "tracker.sam_* and tracker.no_mem_embed", 4_221_585, (_HEADS,)),
     Component("tracker memory", "tracker.*, the rest", 7_521_777),
 )
@@ -53,7 +53,7 @@ def compare_built(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Component name -> (parameters in the table, parameters built), for what a `Sam3Image` contains.
 
     Args:
-        model: An image model with the interactive predictor, of the ``sam3`` preset; may be on the meta device.
+        model: An image model with all parts, of the ``sam3`` preset; may be on the meta device.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     built = {}

@@ -19,7 +19,8 @@ TINY = Sam3Config.preset("tiny")
 @pytest.fixture
 def model() -> Sam3Image:
     torch.manual_seed(0)
-    return assemble_image_model(TINY.replace(student=StudentConfig("demo_cnn")), enable_inst_interactivity=True).eval()
+    config = TINY.replace(student=StudentConfig("demo_cnn"))
+    return assemble_image_model(config, enable_inst_interactivity=True, enable_detector=False).eval()
 
 
 def photo() -> np.ndarray:
@@ -58,13 +59,13 @@ def change_in_place(model: Sam3Image) -> None:
 
 def load_others(model: Sam3Image) -> None:
     torch.manual_seed(1)
-    other = assemble_image_model(model.config, enable_inst_interactivity=True)
+    other = assemble_image_model(model.config, enable_inst_interactivity=True, enable_detector=False)
     model.load_state_dict(other.state_dict())
 
 
 def assign_others(model: Sam3Image) -> None:
     torch.manual_seed(1)
-    other = assemble_image_model(model.config, enable_inst_interactivity=True)
+    other = assemble_image_model(model.config, enable_inst_interactivity=True, enable_detector=False)
     model.load_state_dict(other.state_dict(), assign=True)
 
 
@@ -99,5 +100,5 @@ def test_other_dtypes_and_copies(model: Sam3Image) -> None:
 def test_training_mode_and_the_teacher_run_as_they_are(model: Sam3Image) -> None:
     trunk = model.backbone.vision_backbone.trunk
     assert model._deployed_trunk.of(trunk.train()) is trunk
-    teacher = assemble_image_model(TINY, enable_inst_interactivity=True).eval()
+    teacher = assemble_image_model(TINY, enable_inst_interactivity=True, enable_detector=False).eval()
     assert torch.equal(predicted_embedding(teacher), plain_embedding(teacher))

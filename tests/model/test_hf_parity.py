@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import detector_value, table, tracker_value
+from golden import fill, table
 from torch import Tensor
 
 from sam3.config import Sam3Config
 from sam3.hf_keys import released_from_hf, released_to_hf
 from sam3.model.sam3_image import Sam3Image
 from sam3.model_builder import assemble_image_model
-from sam3.released_names import HEADS_PREFIX, released_state_dict
+from sam3.released_names import released_state_dict
 
 transformers = pytest.importorskip("transformers")
+from hf_models import hf_vision_config  # noqa: E402 (needs transformers)
 
 TINY = Sam3Config.preset("tiny")
 TRACKER_VIEW = {
@@ -23,40 +24,9 @@ TRACKER_VIEW = {
 }
 
 
-def hf_vision_config() -> transformers.Sam3VisionConfig:
-    trunk, grid = TINY.trunk, TINY.grid_size
-    backbone = transformers.Sam3ViTConfig(
-        hidden_size=trunk.embed_dim,
-        intermediate_size=trunk.mlp_dim,
-        num_hidden_layers=trunk.depth,
-        num_attention_heads=trunk.num_heads,
-        image_size=TINY.image_size_px,
-        patch_size=trunk.patch_size_px,
-        layer_norm_eps=1e-5,  # its default is 1e-6, the original's is 1e-5
-        window_size=trunk.window_size,
-        global_attn_indexes=list(trunk.global_blocks),
-        pretrain_image_size=trunk.pretrain_img_size_px,
-    )
-    return transformers.Sam3VisionConfig(
-        backbone_config=backbone,
-        fpn_hidden_size=TINY.hidden_dim,
-        backbone_feature_sizes=[[grid * 4] * 2, [grid * 2] * 2, [grid] * 2],
-    )
-
-
 @pytest.fixture(scope="module")
 def model() -> Sam3Image:
-    model = assemble_image_model(TINY, enable_inst_interactivity=True).eval()
-    values = {}
-    for key, value in model.state_dict().items():
-        if key.endswith("freqs_cis"):
-            values[key] = value
-        elif key.startswith(HEADS_PREFIX):
-            values[key] = tracker_value(key.removeprefix(HEADS_PREFIX), value.shape)
-        else:
-            values[key] = detector_value(key, value.shape)
-    model.load_state_dict(values)
-    return model
+    return fill(assemble_image_model(TINY, enable_inst_interactivity=True, enable_detector=False))
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +37,7 @@ def hf_weights(model: Sam3Image) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def hf_tracker(hf_weights: dict[str, Tensor]):
     config = transformers.Sam3TrackerConfig(
-        vision_config=hf_vision_config(),
+        vision_config=hf_vision_config(TINY),
         prompt_encoder_config={
             "hidden_size": TINY.hidden_dim,
             "image_size": TINY.image_size_px,
@@ -104,7 +74,7 @@ def assert_same(ours: Tensor, theirs: Tensor) -> None:
 
 @torch.no_grad()
 def test_trunk_and_detector_neck(model: Sam3Image, hf_weights: dict[str, Tensor], images: Tensor) -> None:
-    hf = transformers.Sam3VisionModel(hf_vision_config()).eval()
+    hf = transformers.Sam3VisionModel(hf_vision_config(TINY)).eval()
     prefix = "detector_model.vision_encoder."
     hf.load_state_dict({k.removeprefix(prefix): v for k, v in hf_weights.items() if k.startswith(prefix)})
     expected = hf(pixel_values=images)

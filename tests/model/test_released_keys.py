@@ -10,6 +10,7 @@ import torch
 from sam3.config import Sam3Config
 from sam3.model.sam3_image import Sam3Image
 from sam3.model_builder import assemble_image_model, build_trunk
+from sam3.released_counts import COMPONENTS, TOTAL
 from sam3.released_names import UNBUILT_PARTS, from_released, released_state_dict
 
 VISION = "detector.backbone.vision_backbone."
@@ -18,6 +19,24 @@ GROUPS = {
     VISION + "trunk.": (420, 446_237_696, "360193c3965cd95c6332fefc73fd653935afa8a85944717cdff9d800932b68ab"),
     VISION + "convs.": (22, 7_802_112, "cc93869f19ef3018411ac5f54482e78b08eb410dd79505fe1455301ad5d4e19a"),
     VISION + "sam2_convs.": (22, 7_802_112, "522702801b04554b4142be8be28a1d2a239716bd112839499ab020e15a5b3ccf"),
+    "detector.backbone.language_backbone.": (
+        295,
+        353_724_672,
+        "b24e329fc3fff47ed28eb333c0871f35661bae6f0224848285065c40752bccc5",
+    ),
+    "detector.geometry_encoder.": (76, 8_215_808, "5874fa4439343246fbfdc773b933f1de42b1f24a9fd117005dc86c3daa38db6f"),
+    "detector.transformer.encoder.": (
+        108,
+        9_472_512,
+        "fab52b0d232258b3e4dcdc5fad7660dddef81854ec4d8045d4b735261f08f61b",
+    ),
+    "detector.transformer.decoder.": (
+        175,
+        11_575_093,
+        "3986a5c82e87f275969939ae8d699a43a455990a6e5d1fd6a56c09d4b6338abd",
+    ),
+    "detector.segmentation_head.": (28, 2_298_881, "d0933bf552a1a37412da053e391728670eaf2c1c454233e63efbeec22d79d156"),
+    "detector.dot_prod_scoring.": (10, 1_182_976, "0827f0ff3996c0baa1888b401923ce95f17e2fe7595649b6a512a800a6102313"),
     "tracker.sam_prompt_encoder.": (17, 6_220, "3c0f6f88a5843acd25d51b7c1df9c53265e3cef710b5da9b5a46617940dcc40f"),
     "tracker.sam_mask_decoder.": (131, 4_215_109, "fa788ab4e4b0819cf402db3ed69b1c70f480b9eef6cbfb0c72270acef84b907c"),
     "tracker.no_mem_embed": (1, 256, "dd78fcfbfd9374948b4cc9dfc18224bd58c398560c95f5203ca7a19a5c9f3e85"),
@@ -55,6 +74,28 @@ def test_parameter_counts(released_model: Sam3Image) -> None:
     assert sum(p.numel() for p in vision.convs.parameters()) == 7_802_112
     assert sum(p.numel() for p in vision.sam2_convs.parameters()) == 7_802_112
     assert sum(p.numel() for p in vision.parameters()) == 461_841_920
+    assert sum(p.numel() for p in released_model.backbone.language_backbone.parameters()) == 353_724_672
+    heads = sum(p.numel() for p in released_model.heads.parameters())
+    total = sum(p.numel() for p in released_model.parameters())
+    assert total - heads == 848_311_862  # the published "848M": the detector
+    memory = next(part.parameters for part in COMPONENTS if not part.built_as)
+    assert total + memory == TOTAL == 860_055_224
+
+
+@pytest.mark.parametrize(
+    ("switches", "num_parameters", "num_keys"),
+    [
+        ({}, 840_509_750, 1134),
+        ({"enable_segmentation": False}, 838_210_869, 1106),
+        ({"enable_text_encoder": False}, 486_785_078, 839),
+        ({"enable_detector": False}, 454_039_808, 442),
+    ],
+    ids=["image", "no masks", "no text", "encoder"],
+)
+def test_parameter_counts_of_models_without_some_parts(switches: dict, num_parameters: int, num_keys: int) -> None:
+    model = assemble_image_model(Sam3Config(), device="meta", **switches)
+    assert sum(p.numel() for p in model.parameters()) == num_parameters
+    assert len(released_state_dict(model)) == num_keys
 
 
 def test_rotary_tables_are_complex_and_not_buffers(released_model: Sam3Image) -> None:
@@ -90,15 +131,22 @@ def test_without_interactivity_there_is_neither_twin_neck_nor_heads() -> None:
 
 
 def test_tiny_preset_has_the_topology_of_the_released_model(released_model: Sam3Image) -> None:
-    """Same names up to the depth of the trunk, so what runs on `tiny` is what `sam3` runs."""
+    """Same names up to the depth of the transformers, so what runs on `tiny` is what `sam3` runs."""
     tiny = assemble_image_model(Sam3Config.preset("tiny"), enable_inst_interactivity=True, device="meta")
-    depth = tiny.config.trunk.depth
-    expected = {
-        key
-        for key in released_model.state_dict()
-        if ".trunk.blocks." not in key or int(key.split(".trunk.blocks.")[1].split(".")[0]) < depth
+    config = tiny.config
+    depths = {
+        ".trunk.blocks.": config.trunk.depth,
+        ".resblocks.": config.text.depth,
+        "geometry_encoder.encode.": config.geometry_encoder.num_layers,
+        "transformer.encoder.layers.": config.fusion_encoder.num_layers,
+        "transformer.decoder.layers.": config.decoder.num_layers,
     }
+
+    def is_deeper(key: str) -> bool:
+        return any(mark in key and int(key.split(mark)[1].split(".")[0]) >= n for mark, n in depths.items())
+
+    expected = {key for key in released_model.state_dict() if not is_deeper(key)}
     assert set(tiny.state_dict()) == expected
-    assert build_trunk(tiny.config).state_dict().keys() == {
+    assert build_trunk(config).state_dict().keys() == {
         k.removeprefix("backbone.vision_backbone.trunk.") for k in expected if ".trunk." in k
     }

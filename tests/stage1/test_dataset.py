@@ -73,7 +73,7 @@ def test_training_and_deployment_see_the_same_pixels(tmp_path: Path, root: Path,
     index = build_image_index(root, "sa1b", "train")
     export = Stage1Dataset(index, preprocess, "export", config.grid_size)
     train = Stage1Dataset(index, preprocess, "train", config.grid_size, store=store_of(index, tmp_path / "store"))
-    model = assemble_image_model(config, preprocess, enable_inst_interactivity=True).eval()
+    model = assemble_image_model(config, preprocess, enable_inst_interactivity=True, enable_detector=False).eval()
     seen: list[torch.Tensor] = []
     model.backbone.vision_backbone.trunk.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     for position in range(3):
