@@ -305,6 +305,7 @@ class Sam3Processor:
             raise RuntimeError(
                 "the model is in training mode, in which its results are not those to predict: model.eval()"
             )
+        self.model._require_detector()
         backbone_out = dict(state["backbone_out"])
         if texts is None and "language_features" not in backbone_out:
             texts = [VISUAL_TEXT]
