@@ -14,32 +14,26 @@ that are about to be written or removed, so that what a crash leaves behind is t
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
-import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sam3_train.checkpoint_file import file_sha256, fsync_folder, load_checkpoint, save_checkpoint
 from sam3_train.errors import UserError
-from sam3_train.plain_state import plain_state
-from sam3_train.rng import load_rng_state_dict, rng_state_dict
 
 __all__ = [
     "CheckpointManager",
     "load_checkpoint",
     "load_common",
-    "load_rng_state_dict",
     "load_strict",
-    "rng_state_dict",
     "save_checkpoint",
     "state_dict_sha256",
 ]
@@ -49,65 +43,6 @@ BEST_NAME = "best.pth"
 
 _CHECKPOINT_NAME = re.compile(r"ckpt_(epoch_\d+|step_\d+(_\d+)?)\.pth")
 _RECORD_FIELDS = {"file": str, "sha256": str, "bytes": int, "epoch": int, "step": int}
-
-
-def save_checkpoint(path: str | Path, state: dict[str, Any]) -> str:
-    """Write a checkpoint so that the file is either complete or absent, also after a power cut.
-
-    Args:
-        path: Target; its folder must exist. An existing file is replaced only by a complete one.
-        state: Plain types and tensors only (tensors are stored on the CPU).
-
-    Returns:
-        SHA-256 of the file, read back from the disk.
-
-    Raises:
-        UserError: If it cannot be written (disk full, no permission); the old file is untouched.
-        TypeError: If ``state`` holds anything else than plain types and tensors.
-    """
-    path = Path(path)
-    plain = plain_state(state, "checkpoint")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(aside, "wb") as file:
-            writer = _HashingWriter(file)
-            torch.save(plain, writer)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        written = writer.digest.hexdigest()
-        if _file_sha256(aside) != written:
-            raise OSError("what was read back differs from what was written")
-        os.replace(aside, path)
-        _fsync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write checkpoint {path}: {error}. Free some space or choose another --output; "
-            "earlier checkpoints are untouched."
-        ) from error
-    return written
-
-
-def load_checkpoint(path: str | Path, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of `save_checkpoint`; nothing in the file can run code.
-
-    Raises:
-        UserError: If the file is missing, damaged or not a checkpoint.
-    """
-    try:
-        state = torch.load(path, map_location=map_location, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except pickle.UnpicklingError:
-        # torch's own message suggests to load it all the same, which could run code.
-        raise UserError(f"{path} is damaged or no training checkpoint: it holds more than plain types") from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is damaged or no training checkpoint: {reason}") from None
-    if not isinstance(state, dict):
-        raise UserError(f"{path} is not a training checkpoint: it holds a {type(state).__name__}")
-    return state
 
 
 def load_strict(
@@ -227,7 +162,7 @@ class CheckpointManager:
         """
         if path.resolve().parent != self.folder.resolve() or not _CHECKPOINT_NAME.fullmatch(path.name):
             return
-        record = {"file": path.name, "sha256": _file_sha256(path), "bytes": path.stat().st_size, "pinned": True}
+        record = {"file": path.name, "sha256": file_sha256(path), "bytes": path.stat().st_size, "pinned": True}
         self._records = [{**record, "epoch": state.get("epoch", 0), "step": state.get("step", 0)}]
 
     def _save(self, name: str, state: dict[str, Any], epoch: int, step: int, is_best: bool) -> Path:
@@ -299,7 +234,7 @@ class CheckpointManager:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
-            _fsync_folder(self.folder)
+            fsync_folder(self.folder)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}. Free some space or choose another --output.") from error
 
@@ -338,21 +273,6 @@ def load_common(managers: Sequence[CheckpointManager]) -> list[tuple[Path, dict[
     )
 
 
-class _HashingWriter:
-    """A file object for torch.save that hashes what passes through."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        self.digest.update(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
 def _checked_record(record: Any) -> dict[str, Any]:
     wrong = [name for name, kind in _RECORD_FIELDS.items() if not isinstance(record.get(name), kind)]
     if wrong:
@@ -365,24 +285,11 @@ def _content_problem(path: Path, record: Mapping[str, Any]) -> str | None:
         size = path.stat().st_size
         if size != record["bytes"]:
             return f"has {size} bytes instead of {record['bytes']}"
-        if _file_sha256(path) != record["sha256"]:
+        if file_sha256(path) != record["sha256"]:
             return "content differs from what was written (SHA-256)"
     except OSError as error:
         return error.strerror or str(error)
     return None
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in _blocks(file):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _blocks(file: Any) -> Iterable[bytes]:
-    while block := file.read(1 << 20):
-        yield block
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -393,15 +300,4 @@ def _link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, aside)
     os.replace(aside, target)
-    _fsync_folder(target.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    # Windows cannot open a folder; there the rename itself is as durable as it gets.
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync_folder(target.parent)
