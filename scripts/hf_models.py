@@ -17,7 +17,7 @@ from sam3.released_names import released_state_dict
 
 _DETECTOR = "detector_model."
 # Their default is 1e-6; the original's is 1e-5.
-_NORMS = {"layer_norm_eps": 1e-5}
+_NORMS: dict[str, Any] = {"layer_norm_eps": 1e-5}
 
 
 def hf_vision_config(config: Sam3Config) -> Any:

@@ -207,7 +207,7 @@ def build_efficientsam3_image_model(
     """
     _require_released_vocabulary(bpe_path)
     backbone = None if backbone_type is None and model_name is None else student_backbone(backbone_type, model_name)
-    parts = {
+    parts: dict[str, Any] = {
         "enable_inst_interactivity": enable_inst_interactivity,
         "enable_detector": enable_detector,
         "enable_text_encoder": enable_text_encoder,
@@ -244,7 +244,7 @@ def _plain(name: str | None) -> str:
     return "".join(c for c in (name or "").lower() if c.isalnum())
 
 
-def _open_student(path: Path, backbone: str | None, preprocess: Preprocess | None, parts: dict[str, bool]) -> Sam3Image:
+def _open_student(path: Path, backbone: str | None, preprocess: Preprocess | None, parts: dict[str, Any]) -> Sam3Image:
     # Both need this module themselves.
     from sam3.loading import choose_preprocess
     from sam3.recognition import recognise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -24,9 +24,6 @@ from sam3.preprocess import Preprocess
 from sam3.sam.heads import SamFeatures, SamHeads
 from sam3.sam.interactive_predictor import Masks, SAM3InteractiveImagePredictor
 
-Matcher = Callable[[Tensor, Tensor, Any], Any]
-"""(class logits (B, N), boxes (B, N, 4), targets) -> which query is which object."""
-
 
 class Sam3Image(nn.Module):
     """SAM 3 for single images.
@@ -40,8 +37,8 @@ class Sam3Image(nn.Module):
         inst_interactive_predictor: Masks from clicks and boxes, or None. Its ``model`` is the `SamHeads`.
         missing_parts: What the checkpoint did not hold and the model therefore lacks; `sam3.load_model` says it here.
         supervise_joint_box_scores: Return class logits that hold the presence too, as the video model does.
-        matcher: Assigns queries to objects in training; its results are ``indices`` in what `forward_grounding`
-            returns. None: no matching.
+        matcher: Assigns queries to objects in training: called with class logits (B, N), boxes (B, N, 4) and the
+            targets; its results are ``indices`` in what `forward_grounding` returns. None: no matching.
     """
 
     TEXT_ID_FOR_TEXT = 0
@@ -79,7 +76,7 @@ class Sam3Image(nn.Module):
         self.dot_prod_scoring = dot_prod_scoring
         self.missing_parts: tuple[str, ...] = ()
         self.supervise_joint_box_scores = False
-        self.matcher: Matcher | None = None
+        self.matcher: nn.Module | None = None
         self._deployed_trunk = DeployedTrunk()
         self.inst_interactive_predictor: SAM3InteractiveImagePredictor | None = None
         if heads is not None:
@@ -204,18 +201,18 @@ class Sam3Image(nn.Module):
 
     def _require_images(self, backbone_out: dict[str, Any], img_ids: Tensor) -> Tensor:
         """Rows of the feature maps for each prompt; encodes the images first if that was put off."""
-        images = backbone_out.get("img_batch_all_stages")
-        if backbone_out.get("backbone_fpn") is None:
-            if images is None:
-                raise ValueError("backbone_out has neither backbone_fpn nor img_batch_all_stages: set an image first")
+        images, rows = backbone_out.get("img_batch_all_stages"), backbone_out.get("id_mapping")
+        if backbone_out.get("backbone_fpn") is None and images is None:
+            raise ValueError("backbone_out has neither backbone_fpn nor img_batch_all_stages: set an image first")
+        is_lazy = images is not None and (rows is not None or backbone_out.get("backbone_fpn") is None)
+        if is_lazy and (rows is None or bool((rows[img_ids] < 0).any())):
             needed = img_ids.unique()
             weight = next(self.parameters())
             backbone_out |= self.backbone.forward_image(images[needed].to(weight.device, weight.dtype))
             rows = torch.full((len(images),), -1, dtype=torch.int64, device=img_ids.device)
             rows[needed] = torch.arange(len(needed), device=img_ids.device)
             backbone_out["id_mapping"] = rows
-        mapping = backbone_out.get("id_mapping")
-        return img_ids if mapping is None else mapping[img_ids]
+        return img_ids if rows is None else rows[img_ids]
 
     def _encode_prompt(
         self,
