@@ -29,6 +29,12 @@ INDEX_SUFFIX = ".safetensors.index.json"
 FOLDER_CONTENT = ("sam3.pt", "model.safetensors.index.json", "model.safetensors")
 """What is read of a folder: the first of these. ``sam3.pt`` holds more than Hugging Face's layout can."""
 _RECOMPUTED_SUFFIX = ".freqs_cis"
+# The Fourier matrix of point codes, under released and Hugging Face's names: rounding it turns every code by degrees.
+_NEVER_ROUNDED = (
+    ".positional_encoding_gaussian_matrix",
+    "shared_embedding.positional_embedding",
+    "shared_image_embedding.positional_embedding",
+)
 
 
 class CheckpointError(ValueError):
@@ -251,7 +257,8 @@ def write_merged(
         path: The target; its folder is made.
         state_dict: Weights by key.
         metadata: Plain types only; ``format_version`` is added.
-        dtype: Floating-point tensors are stored in it; None leaves them as they are.
+        dtype: Floating-point tensors are stored in it, but for the Fourier matrix of point codes, which is never
+            rounded; None leaves them as they are.
 
     Raises:
         CheckpointError: If the metadata are not plain types, or a tensor cannot be stored.
@@ -284,7 +291,7 @@ def _storable(state_dict: Mapping[str, Tensor], dtype: torch.dtype | None) -> di
     storages: set[int] = set()
     for key, value in state_dict.items():
         tensor = value.detach().cpu()
-        if dtype is not None and tensor.dtype.is_floating_point:
+        if dtype is not None and tensor.dtype.is_floating_point and not key.endswith(_NEVER_ROUNDED):
             tensor = tensor.to(dtype)
         is_whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
         if not is_whole or tensor.data_ptr() in storages:

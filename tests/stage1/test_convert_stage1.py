@@ -163,7 +163,8 @@ def test_half_precision_halves_the_file(world, run, tmp_path, dtype, fuse):
     output = tmp_path / "half.safetensors"
     assert convert(run / "best.pth", world.teacher, output, "--dtype", dtype, *(["--fuse"] if fuse else [])) == 0
     weights, _ = read_state_dict(output)
-    assert {str(v.dtype) for v in weights.values() if v.is_floating_point()} == {
+    # Rounding the Fourier matrix would turn the codes of points by degrees.
+    assert {str(v.dtype) for k, v in weights.items() if v.is_floating_point() and "gaussian_matrix" not in k} == {
         f"torch.{'b' * (dtype == 'bf16')}float16"
     }
     full = sum(4 * v.numel() for v in weights.values())
