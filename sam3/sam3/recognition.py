@@ -17,6 +17,7 @@ from sam3.checkpoint_keys import (
     DETECTOR_PREFIX,
     STUDENT_PREFIX,
     TRACKER_PREFIX,
+    TRUNK_PREFIX,
     UnknownLayoutError,
     identify_student_config,
     strip_prefixes,
@@ -35,6 +36,7 @@ from sam3.checkpoint_parts import (
 from sam3.config import PRESETS, Sam3Config, StudentConfig
 from sam3.hf_keys import POINT_PROJECTIONS, hf_class, released_from_hf
 from sam3.model.sam3_image import Sam3Image
+from sam3.model.vitdet import TABLE_KEY, Attention
 from sam3.model_builder import assemble_image_model
 from sam3.preprocess import Preprocess
 from sam3.released_names import HEADS_PREFIX, absent_parts, released_layout, to_released
@@ -113,6 +115,12 @@ class Recognised:
         unread = absent_parts(model)
         weights = {key: value for key, value in self.weights_for(model).items() if not key.startswith(unread)}
         check_fit(weights, to_released(model.state_dict(), self.config), self.source, self.config)
+        trunk = model.backbone.vision_backbone.trunk
+        for name, module in trunk.named_modules():
+            key = f"{TRUNK_PREFIX}{name}.{TABLE_KEY}"
+            if isinstance(module, Attention) and key in weights:
+                for problem in module.table_problems(weights[key], key):
+                    raise CheckpointError(f"{self.source}: {problem}")
 
 
 def recognise(checkpoint: CheckpointFile) -> Recognised:

@@ -120,10 +120,10 @@ class Attention(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         table = state_dict.pop(prefix + TABLE_KEY, None)
         if table is not None:
-            errors += self._table_problems(table, prefix + TABLE_KEY)
+            errors += self.table_problems(table, prefix + TABLE_KEY)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
-    def _table_problems(self, table: Tensor, key: str) -> list[str]:
+    def table_problems(self, table: Tensor, key: str) -> list[str]:
         """A table made for other positions means weights of another model. A table cast to real says nothing."""
         shape = (self.table_side**2, self.head_dim // 2)
         if tuple(table.shape) != shape:
