@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from toy_training import run_group
+from toy_training import free_port, run_group
 
 from sam3_train.checkpoint import load_checkpoint
 from sam3_train.config import load_config
@@ -22,12 +21,6 @@ from stage1.train_stage1 import main
 from stage1.training import build_initial_student
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start_node(rank: int, port: int, cfg: Path, output: Path, *words: str) -> subprocess.Popen[str]:
