@@ -12,6 +12,13 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
+_USER_ERRORS = {
+    "sam3.checkpoint_io": "CheckpointError",
+    "sam3.image_input": "ImageInputError",
+    "sam3.preprocess": "PreprocessMismatchError",
+    "sam3.sam.prompts": "PromptError",
+}
+
 MainBody = Callable[["list[str] | None"], "int | None"]
 
 
@@ -33,16 +40,19 @@ def run_command(main_body: MainBody, argv: list[str] | None = None) -> int:
         main_body: The command; gets ``argv`` (None means ``sys.argv[1:]``) and returns an exit code or None for 0.
         argv: Passed through.
     """
-    from sam3.checkpoint_io import CheckpointError
-    from sam3.image_input import ImageInputError
-    from sam3.preprocess import PreprocessMismatchError
-    from sam3.sam.prompts import PromptError
-
     try:
         return main_body(argv) or EXIT_DONE
-    except (CommandError, CheckpointError, ImageInputError, PreprocessMismatchError, PromptError) as error:
+    except Exception as error:
+        if not isinstance(error, _user_error_types()):
+            raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+
+
+def _user_error_types() -> tuple[type[BaseException], ...]:
+    """Looked up, not imported: an error of a module that nothing has loaded cannot occur, and torch takes seconds."""
+    found = (getattr(sys.modules.get(module), name, None) for module, name in _USER_ERRORS.items())
+    return (CommandError, *(error for error in found if error is not None))

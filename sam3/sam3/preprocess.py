@@ -15,8 +15,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2.functional import InterpolationMode
-from torchvision.transforms.v2.functional import resize as tv_resize
 
 from sam3.image_input import to_rgb_uint8
 
@@ -120,6 +118,10 @@ class Preprocess:
 
     def resize(self, pixels_chw: Tensor) -> Tensor:
         """Resize a uint8 image (3, H, W) to its size in the model's input: uint8, (3, h, w), contiguous."""
+        # Importing torchvision takes as long as half of torch and makes torch's compiler set an environment variable.
+        from torchvision.transforms.v2.functional import InterpolationMode
+        from torchvision.transforms.v2.functional import resize as tv_resize
+
         resized_hw = self.resized_hw((pixels_chw.shape[-2], pixels_chw.shape[-1]))
         mode = InterpolationMode(self.interpolation)
         # One layout for all sources: with the channels last, as photos are decoded, torch resizes three times as fast.
