@@ -26,14 +26,15 @@ Row = dict[str, Any]
 _HF_VISION = "detector_model.vision_encoder."
 
 
-def build_pair(config: Sam3Config, device: torch.device, dtype: torch.dtype) -> tuple[Sam3Image, nn.Module]:
+def build_pair(config: Sam3Config, device: torch.device, dtype: torch.dtype) -> tuple[Sam3Image, Any]:
     """Our image model (without SAM heads) and HF's vision model over the same tensors."""
     import transformers
 
     torch.manual_seed(0)
     ours = assemble_image_model(config, device=device, enable_detector=False).to(dtype).eval().requires_grad_(False)
     weights = released_to_hf(released_state_dict(ours))
-    theirs = transformers.Sam3VisionModel(hf_vision_config(config)).to(device, dtype).eval().requires_grad_(False)
+    theirs: Any = transformers.Sam3VisionModel(hf_vision_config(config))
+    theirs.to(device, dtype).eval().requires_grad_(False)
     vision = {k.removeprefix(_HF_VISION): v for k, v in weights.items() if k.startswith(_HF_VISION)}
     theirs.load_state_dict(vision, assign=True)
     return ours, theirs

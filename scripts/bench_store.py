@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,16 +76,16 @@ def bench_disk(folder: Path, num_records: int, turns: int) -> list[Row]:
         # The first turn is not counted: memory that a virtual machine has never touched is slow once. Each file is
         # removed before the next is written, so that both get pages that have just been freed.
         plain, store = folder / f"plain{turn}.bin", folder / f"store{turn}"
-        measure("plain write", lambda plain=plain: write_plain(plain, embeddings, num_records))
+        measure("plain write", partial(write_plain, plain, embeddings, num_records))
         drop_from_cache(plain)
-        measure("plain read", lambda plain=plain: read_plain(plain, spec.record_bytes))
+        measure("plain read", partial(read_plain, plain, spec.record_bytes))
         plain.unlink()
         begin_export(store, spec, keys)
-        measure("store write", lambda store=store: write_store(store, embeddings, keys))
+        measure("store write", partial(write_store, store, embeddings, keys))
         for name, check_crc, threads in STORE_READS:
             drop_from_cache(store / "rank0-values.bin")
-            measure(name, lambda store=store, crc=check_crc, n=threads: read_store(store, keys, crc, n))
-        measure("store read, in memory", lambda store=store: read_store(store, keys, check_crc=True, threads=1))
+            measure(name, partial(read_store, store, keys, check_crc, threads))
+        measure("store read, in memory", partial(read_store, store, keys, check_crc=True, threads=1))
         (store / "rank0-values.bin").unlink()
     rows: list[Row] = [
         {"name": name, "value": statistics.median(values), "unit": "MB/s"} for name, values in speeds.items()
@@ -250,7 +251,12 @@ def repeated_batches(images: torch.Tensor, num_batches: int) -> Iterator[dict[st
 
 
 def export_synthetic(
-    directory: Path, teacher: Teacher, batches: Any, num_images: int, batch_size: int, watch: Callable[[int], None] = id
+    directory: Path,
+    teacher: Teacher,
+    batches: Any,
+    num_images: int,
+    batch_size: int,
+    watch: Callable[[int], object] = id,
 ) -> None:
     """An export without photos; ``watch`` is called with the number of images after each batch."""
     keys = [f"sa_{number}" for number in range(num_images)]
