@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import pickle
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -22,7 +24,9 @@ from sam3_train.embeddings import (
     begin_export,
     measure_distortion,
     plan_rank,
+    values_file,
 )
+from sam3_train.embeddings.crc import LIBRARIES, pick_crc32
 from sam3_train.embeddings.rank_files import RankPaths
 
 
@@ -212,6 +216,51 @@ def test_records_can_be_announced(tmp_path):
     store = EmbeddingStore(tmp_path)
     store.prefetch([*KEYS[:3], "not there"])
     assert np.array_equal(store.read(KEYS[1])[1], make_embedding(KEYS[1]))
+
+
+@pytest.mark.parametrize("has_preadv", [True, False])
+@pytest.mark.parametrize("codec", sorted(CODECS))
+def test_records_are_read_into_rows_of_a_batch(tmp_path, monkeypatch, codec, has_preadv):
+    """No array in between, and the same where the system has no positional reads of this kind."""
+    if not has_preadv:
+        monkeypatch.delattr(os, "preadv", raising=False)
+    monkeypatch.setattr(values_file, "CHUNK_BYTES", 7)  # a record takes several pieces
+    make_store(tmp_path, world_size=2, spec=make_spec(codec=codec))
+    store = EmbeddingStore(tmp_path)
+    layout = store.codec.layout(SHAPE)
+    batch = {name: np.zeros((len(KEYS), *shape), dtype) for name, (dtype, shape) in layout.items()}
+    with ThreadPoolExecutor(4) as pool:
+        rows = [{name: part[i] for name, part in batch.items()} for i in range(len(KEYS))]
+        seeds = list(pool.map(store.read_into, KEYS, rows))
+    assert seeds == [make_seed(key) for key in KEYS]
+    decoded = store.codec.to_float({name: torch.from_numpy(part) for name, part in batch.items()}).half()
+    assert all(np.array_equal(row, store.read(key)[1]) for row, key in zip(decoded.numpy(), KEYS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        (np.empty(SHAPE, np.float32), "float32"),
+        (np.empty((3, 4, 2), np.float16), r"\(3, 4, 2\)"),
+        (np.empty((3, 2, 8), np.float16)[:, :, ::2], "strides"),
+        (None, "missing"),
+    ],
+)
+def test_a_record_is_not_read_into_memory_that_does_not_fit(tmp_path, values, found):
+    store = EmbeddingStore(make_store(tmp_path))
+    with pytest.raises(ValueError, match=found):
+        store.read_into(KEYS[0], {} if values is None else {"values": values})
+
+
+def test_every_crc_library_gives_the_same_numbers(tmp_path):
+    """The check value of CRC-32; a store written with one library is read with another."""
+    for names in (LIBRARIES, ("no.such_library", "zlib")):
+        name, crc32 = pick_crc32(names)
+        assert crc32(b"123456789") == 0xCBF43926
+        assert crc32(b"6789", crc32(memoryview(b"12345"))) == 0xCBF43926
+    assert name == "zlib"
+    with pytest.raises(ImportError, match=r"no\.such_library"):
+        pick_crc32(["no.such_library"])
 
 
 def test_the_key_table_is_rebuilt_when_the_store_grows(tmp_path):

@@ -33,16 +33,29 @@ class Codec(ABC):
     name: str
 
     @abstractmethod
+    def layout(self, shape: Shape) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        """Stored type and shape of the parts that a payload consists of, by name, in their order on the disk."""
+
     def payload_bytes(self, shape: Shape) -> int:
         """Bytes that an embedding of ``shape`` takes, without the 4-byte seed."""
+        return sum(dtype.itemsize * math.prod(part_shape) for dtype, part_shape in self.layout(shape).values())
+
+    def empty_parts(self, shape: Shape) -> dict[str, np.ndarray]:
+        """Arrays for the parts of one payload, not filled, each with memory of its own."""
+        return {name: np.empty(part_shape, dtype) for name, (dtype, part_shape) in self.layout(shape).items()}
 
     @abstractmethod
     def encode(self, embedding_chw: np.ndarray) -> np.ndarray:
         """The payload of a finite float16 embedding in C order: uint8, (`payload_bytes`,); may share its memory."""
 
-    @abstractmethod
     def split(self, payload: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:
         """Views of a uint8 payload as named arrays of the stored types; nothing is copied."""
+        parts, start = {}, 0
+        for name, (dtype, part_shape) in self.layout(shape).items():
+            end = start + dtype.itemsize * math.prod(part_shape)
+            parts[name] = payload[start:end].view(dtype).reshape(part_shape)
+            start = end
+        return parts
 
     @abstractmethod
     def to_float(self, parts: dict[str, Tensor]) -> Tensor:
@@ -52,10 +65,14 @@ class Codec(ABC):
         copy to the device moves fewer bytes and costs the loader nothing.
         """
 
+    def to_half(self, parts: dict[str, np.ndarray]) -> np.ndarray:
+        """The embedding of one record's parts, float16, (C, H, W); may share their memory."""
+        tensors = {name: torch.from_numpy(part) for name, part in parts.items()}
+        return self.to_float(tensors).to(torch.float16).numpy()
+
     def decode(self, payload: np.ndarray, shape: Shape) -> np.ndarray:
         """The embedding of a payload as a float16 array of its own, (C, H, W)."""
-        parts = {name: torch.from_numpy(np.array(part)) for name, part in self.split(payload, shape).items()}
-        return self.to_float(parts).to(torch.float16).numpy()
+        return self.to_half({name: np.array(part) for name, part in self.split(payload, shape).items()})
 
 
 class Fp16Codec(Codec):
@@ -63,20 +80,17 @@ class Fp16Codec(Codec):
 
     name = "fp16"
 
-    def payload_bytes(self, shape: Shape) -> int:
-        return 2 * math.prod(shape)
+    def layout(self, shape: Shape) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        return {"values": (np.dtype("<f2"), shape)}
 
     def encode(self, embedding_chw: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(embedding_chw, "<f2").reshape(-1).view(np.uint8)
 
-    def split(self, payload: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:
-        return {"values": payload.view("<f2").reshape(shape)}
-
     def to_float(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["values"].to(torch.float32)
 
-    def decode(self, payload: np.ndarray, shape: Shape) -> np.ndarray:
-        return payload.view("<f2").reshape(shape).astype(np.float16)  # astype copies
+    def to_half(self, parts: dict[str, np.ndarray]) -> np.ndarray:
+        return parts["values"]
 
 
 class Int8Codec(Codec):
@@ -87,8 +101,8 @@ class Int8Codec(Codec):
 
     name = "int8"
 
-    def payload_bytes(self, shape: Shape) -> int:
-        return 4 * shape[0] + math.prod(shape)
+    def layout(self, shape: Shape) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+        return {"scale": (np.dtype("<f4"), shape[:1]), "values": (np.dtype(np.int8), shape)}
 
     def encode(self, embedding_chw: np.ndarray) -> np.ndarray:
         values = torch.from_numpy(np.ascontiguousarray(embedding_chw)).to(torch.float32)
@@ -100,13 +114,6 @@ class Int8Codec(Codec):
         parts["scale"][...] = scale.numpy()
         parts["values"][...] = values.div_(divisor[:, None, None]).round_().clamp_(-127, 127).to(torch.int8).numpy()
         return payload
-
-    def split(self, payload: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:
-        num_scale_bytes = 4 * shape[0]
-        return {
-            "scale": payload[:num_scale_bytes].view("<f4"),
-            "values": payload[num_scale_bytes:].view(np.int8).reshape(shape),
-        }
 
     def to_float(self, parts: dict[str, Tensor]) -> Tensor:
         return parts["values"].to(torch.float32) * parts["scale"][..., None, None]

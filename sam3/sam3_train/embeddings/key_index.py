@@ -98,7 +98,7 @@ def split_location(location: int) -> tuple[int, int]:
 def _map_file(path: Path) -> mmap.mmap | bytes:
     with open(path, "rb") as file:
         # An empty file cannot be mapped.
-        return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if path.stat().st_size else b""
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
 def _fingerprint(rank_paths: Sequence[RankPaths], num_records: Sequence[int]) -> bytes:

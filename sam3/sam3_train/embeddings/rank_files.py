@@ -14,18 +14,22 @@ order. What stands behind the last index entry is the tail of an interrupted app
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import re
 import struct
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sam3_train.embeddings.crc import crc32
 from sam3_train.embeddings.spec import StoreError, StoreSpec, decode_key, fsync_directory
+
+try:
+    import fcntl
+except ImportError:  # Windows: a store can be read there, but not written
+    fcntl = None  # type: ignore[assignment]
 
 INDEX_MAGIC = b"ES3RECS1"
 INDEX_HEADER = struct.Struct("<8s16sII")  # magic, export id, rank, bytes per entry
@@ -179,8 +183,8 @@ def _last_intact(paths: RankPaths, spec: StoreSpec, entries: np.ndarray) -> int:
             key_line = keys.read(max(0, end - start))
             if (
                 not key_line.endswith(b"\n")
-                or zlib.crc32(key_line[:-1]) != entries["key_crc"][record]
-                or zlib.crc32(values.read(spec.record_bytes)) != entries["record_crc"][record]
+                or crc32(key_line[:-1]) != entries["key_crc"][record]
+                or crc32(values.read(spec.record_bytes)) != entries["record_crc"][record]
             ):
                 return record
     return num_whole
@@ -190,8 +194,13 @@ def lock_for_writing(fd: int, path: Path) -> None:
     """Refuse a second writer of the same rank; the lock ends with the process, also with a killed one.
 
     Raises:
-        StoreError: If another process holds it.
+        StoreError: If another process holds it, or the operating system has no such locks.
     """
+    if fcntl is None:
+        raise StoreError(
+            f"{path}: writing a store needs the file locks of Linux or macOS; on Windows export inside WSL (reading "
+            "works everywhere)"
+        )
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -1,15 +1,14 @@
-"""Reading a store: memory-mapped random access by key, whatever number of ranks wrote it.
+"""Reading a store: random access by key, whatever number of ranks wrote it.
 
-A reader holds maps and no open file, pickles as its path and is safe under fork and spawn, so one object serves all
-loader workers. A directory of the public tool (no ``store.json``) opens when the caller states the shape.
+A reader pickles as its path, and every process opens files of its own, so that one object serves all loader workers,
+forked or spawned. A directory of the public tool (no ``store.json``) opens when the caller states the shape.
 """
 
 from __future__ import annotations
 
-import mmap
+import os
 import struct
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +21,7 @@ from sam3_train.embeddings.key_index import KeyIndex
 from sam3_train.embeddings.plan import KeyList, require_no_stale_ranks
 from sam3_train.embeddings.rank_files import RankPaths, find_ranks, read_index, read_keys, read_quarantine
 from sam3_train.embeddings.spec import SEED_BYTES, StoreError, StoreInfo, StoreSpec, read_store_info
+from sam3_train.embeddings.values_file import ValuesFile
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EmbeddingStore:
     Args:
         directory: Folder with the rank files.
         shape: (C, H, W); needed for a store without ``store.json``, checked against it otherwise.
-        check_crc: Compare each record that is read with its CRC-32 (about 4 GB/s on one core).
+        check_crc: Compare each record that is read with its CRC-32 (`sam3_train.embeddings.crc` has the cost).
 
     Raises:
         StoreError: If files are missing, truncated, stale or do not fit together.
@@ -74,7 +74,8 @@ class EmbeddingStore:
             require_no_stale_ranks(self.directory, self.info)
             self._paths = [RankPaths(self.directory, rank) for rank in range(self.info.ranks)]
         self._num_records = self._check_sizes()
-        self._maps: dict[int, mmap.mmap] = {}
+        self._files: dict[int, ValuesFile] = {}
+        self._files_process = os.getpid()
         self._index = KeyIndex(self.directory, self._paths, self._num_records)
         self.quarantined: dict[str, str] = {}
         for paths in self._paths:
@@ -97,9 +98,9 @@ class EmbeddingStore:
         self.close()
 
     def close(self) -> None:
-        """Drop the maps of the values; a later read opens them again."""
-        maps, self._maps = self._maps, {}
-        for values in maps.values():
+        """Close the files of the values; a later read opens them again."""
+        files, self._files = self._files, {}
+        for values in files.values():
             values.close()
 
     def __len__(self) -> int:
@@ -127,11 +128,11 @@ class EmbeddingStore:
         Raises:
             StoreError: If the key is not there, or its record is damaged.
         """
-        seed, payload = self._record(key)
-        return seed, self.codec.decode(payload, self.spec.shape)
+        seed, parts = self.read_raw(key)
+        return seed, self.codec.to_half(parts)
 
     def read_raw(self, key: str) -> tuple[int, dict[str, np.ndarray]]:
-        """Seed and stored parts of a key, copied: for ``codec.to_float`` on the training device.
+        """Seed and stored parts of a key, in new arrays: for ``codec.to_float`` on the training device.
 
         Returns:
             The int32 seed, and ``{"values": float16 (C, H, W)}`` for fp16 or ``{"scale": float32 (C,), "values": int8
@@ -140,26 +141,51 @@ class EmbeddingStore:
         Raises:
             StoreError: If the key is not there, or its record is damaged.
         """
-        seed, payload = self._record(key)
-        return seed, {name: np.array(part) for name, part in self.codec.split(payload, self.spec.shape).items()}
+        parts = self.codec.empty_parts(self.spec.shape)
+        return self.read_into(key, parts), parts
+
+    def read_into(self, key: str, parts: Mapping[str, np.ndarray]) -> int:
+        """`read_raw` into arrays that are there already; the disk's bytes are copied once, to where they are wanted.
+
+        Args:
+            key: The record.
+            parts: Arrays as ``codec.empty_parts`` makes them, e.g. rows of a batch.
+
+        Returns:
+            The int32 seed.
+
+        Raises:
+            StoreError: If the key is not there, or its record is damaged; the arrays then hold what was read.
+            ValueError: If an array is missing or does not fit.
+        """
+        rank, record = self._locate(key)
+        crcs = self._rank_crcs(rank) if self.check_crc else None
+        seed_bytes = bytearray(SEED_BYTES)
+        buffers = [memoryview(seed_bytes), *self._as_buffers(parts)]
+        crc = self._file(rank).read(record, buffers, check=crcs is not None)
+        if crcs is not None and crc != crcs[record]:
+            raise StoreError(damaged_message(self.values_path(rank), key, record, self.spec.record_bytes))
+        return int(struct.unpack("<i", seed_bytes)[0])
 
     def prefetch(self, keys: Iterable[str]) -> None:
         """Ask the operating system to load some records in the background; keys that are not there are ignored."""
         for key in keys:
             place = self._index.find(key)
             if place is not None:
-                _read_ahead(self._map(place[0]), place[1] * self.spec.record_bytes, self.spec.record_bytes)
+                self._file(place[0]).announce(place[1])
 
     def read_at(self, rank: int, record: int) -> tuple[int, np.ndarray]:
         """`read` by place instead of key, without a CRC check."""
-        view = self._bytes(rank, record)
-        payload = np.frombuffer(view, np.uint8, offset=SEED_BYTES)
-        return struct.unpack_from("<i", view)[0], self.codec.decode(payload, self.spec.shape)
+        seed_bytes, parts = bytearray(SEED_BYTES), self.codec.empty_parts(self.spec.shape)
+        self._file(rank).read(record, [memoryview(seed_bytes), *self._as_buffers(parts)], check=False)
+        return struct.unpack("<i", seed_bytes)[0], self.codec.to_half(parts)
 
     def read_seed(self, key: str) -> int:
         """The seed alone."""
         rank, record = self._locate(key)
-        return struct.unpack_from("<i", self._map(rank), record * self.spec.record_bytes)[0]
+        seed_bytes = bytearray(SEED_BYTES)
+        self._file(rank).read(record, [memoryview(seed_bytes)], check=False)
+        return int(struct.unpack("<i", seed_bytes)[0])
 
     def check_coverage(self, keys: KeyList) -> Coverage:
         """Which of ``keys`` have a record; to be called before any compute."""
@@ -192,7 +218,8 @@ class EmbeddingStore:
     def record_ok(self, rank: int, record: int) -> bool:
         """Whether a record's bytes fit its CRC; True where the store has no CRCs."""
         crcs = self._rank_crcs(rank)
-        return crcs is None or zlib.crc32(self._bytes(rank, record)) == crcs[record]
+        buffer = np.empty(self.spec.record_bytes, np.uint8).data
+        return crcs is None or self._file(rank).read(record, [buffer]) == crcs[record]
 
     def locations(self) -> Iterator[tuple[str, int, int]]:
         """(key, rank, record) of every record, rank by rank."""
@@ -208,20 +235,16 @@ class EmbeddingStore:
         """The file that holds a rank's records."""
         return RankPaths(self.directory, rank).values
 
-    def _record(self, key: str) -> tuple[int, np.ndarray]:
-        rank, record = self._locate(key)
-        view = self._bytes(rank, record)
-        if self.check_crc:
-            crcs = self._rank_crcs(rank)
-            if crcs is not None and zlib.crc32(view) != crcs[record]:
-                raise StoreError(damaged_message(self.values_path(rank), key, record, self.spec.record_bytes))
-        return struct.unpack_from("<i", view)[0], np.frombuffer(view, np.uint8, offset=SEED_BYTES)
-
-    def _bytes(self, rank: int, record: int) -> memoryview:
-        start = record * self.spec.record_bytes
-        values = self._map(rank)
-        _read_ahead(values, start, self.spec.record_bytes)
-        return memoryview(values)[start : start + self.spec.record_bytes]
+    def _as_buffers(self, parts: Mapping[str, np.ndarray]) -> list[memoryview]:
+        """The parts' memory in the order of the disk."""
+        buffers = []
+        for name, (dtype, shape) in self.codec.layout(self.spec.shape).items():
+            part = parts.get(name)
+            if part is None or part.dtype != dtype or part.shape != shape or not part.flags.c_contiguous:
+                found = "missing" if part is None else f"{part.dtype}, {part.shape}, strides {part.strides}"
+                raise ValueError(f"part {name!r} of a record must be {dtype}, {shape}, contiguous; it is {found}")
+            buffers.append(part.reshape(-1).view(np.uint8).data)
+        return buffers
 
     def _locate(self, key: str) -> tuple[int, int]:
         place = self._index.find(key)
@@ -231,12 +254,13 @@ class EmbeddingStore:
             raise StoreError(f"{self.directory}: no embedding for key {key!r}; {detail}")
         return place
 
-    def _map(self, rank: int) -> mmap.mmap:
-        values = self._maps.get(rank)
+    def _file(self, rank: int) -> ValuesFile:
+        if self._files_process != os.getpid():
+            # A forked process would share the read-ahead state of its parent's files.
+            self._files, self._files_process = {}, os.getpid()
+        values = self._files.get(rank)
         if values is None:
-            with open(self.values_path(rank), "rb") as file:
-                values = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-            self._maps[rank] = values
+            values = self._files[rank] = ValuesFile(self.values_path(rank), self.spec.record_bytes)
         return values
 
     def _rank_crcs(self, rank: int) -> np.ndarray | None:
@@ -329,10 +353,3 @@ def _public_spec(directory: Path, shape: Shape | None) -> StoreSpec:
             "rank files"
         )
     return StoreSpec(shape)
-
-
-def _read_ahead(values: mmap.mmap, start: int, num_bytes: int) -> None:
-    """Ask for a whole record at once: page faults alone would fetch it in small pieces."""
-    page = mmap.PAGESIZE
-    first = start // page * page
-    values.madvise(mmap.MADV_WILLNEED, first, start + num_bytes - first)

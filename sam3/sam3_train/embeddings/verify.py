@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from sam3_train.embeddings.codecs import Shape, count_nonfinite
+from sam3_train.embeddings.crc import crc32
 from sam3_train.embeddings.plan import hash_keys
 from sam3_train.embeddings.rank_files import RankPaths, read_index, read_keys
 from sam3_train.embeddings.reader import EmbeddingStore, damaged_message
@@ -100,7 +100,7 @@ def _check_key_lines(paths: RankPaths, info: StoreInfo) -> list[str]:
     for record, key in enumerate(keys):
         line = encode_key(key) if key else b""
         position += len(line) + 1
-        if zlib.crc32(line) != entries["key_crc"][record] or position != entries["key_end"][record]:
+        if crc32(line) != entries["key_crc"][record] or position != entries["key_end"][record]:
             return [
                 f"{paths.keys}: line {record + 1} ({decode_key(line)!r}) is not what was written; copy the file again"
             ]
