@@ -8,14 +8,25 @@ import shutil
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from fault_injection import file_size, run_and_kill
-from fixtures_embeddings import KEYS, make_embedding, make_spec, make_store, store_bytes
+from fixtures_embeddings import KEYS, make_embedding, make_seed, make_spec, make_store, store_bytes
 
-from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreError, begin_export, plan_rank, rank_appender
+from sam3_train.embeddings import (
+    EmbeddingStore,
+    EmbeddingWriter,
+    StoreError,
+    begin_export,
+    plan_rank,
+    rank_appender,
+    rank_files,
+)
+from sam3_train.embeddings.rank_files import INDEX_HEADER
+from sam3_train.embeddings.values_file import ValuesFile
 from sam3_train.embeddings.verify import main as verify
 from sam3_train.embeddings.verify import verify_store
 from sam3_train.embeddings.writer import WriterStats
@@ -56,6 +67,42 @@ def test_a_truncated_shard_is_noticed_when_it_is_opened(tmp_path):
     with pytest.raises(StoreError) as info:
         EmbeddingStore(tmp_path)
     assert_one_line(info.value, "rank1-values.bin: 104 bytes, but 5 records", "truncated", "copy the file again")
+
+
+def test_a_shard_that_is_cut_while_it_is_read_is_an_error(tmp_path):
+    """With a memory map this would kill the process."""
+    store = EmbeddingStore(make_store(tmp_path))
+    os.truncate(tmp_path / "rank0-values.bin", 2 * RECORD + 20)
+    store.read(KEYS[1])
+    with pytest.raises(StoreError) as info:
+        store.read(KEYS[2])
+    assert_one_line(info.value, f"rank0-values.bin: ends at byte {2 * RECORD + 20}, inside record 2", "copy the file")
+
+
+def test_a_disk_that_fails_is_named(tmp_path, monkeypatch):
+    store = EmbeddingStore(make_store(tmp_path))
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ValuesFile, "_read_some", fail)
+    with pytest.raises(StoreError) as info:
+        store.read(KEYS[2])
+    assert_one_line(info.value, "rank0-values.bin: record 2 cannot be read", "Input/output error", "good copy")
+    (tmp_path / "rank0-values.bin").unlink()
+    store.close()
+    with pytest.raises(StoreError, match=r"rank0-values\.bin: cannot be read \(No such file"):
+        store.read(KEYS[2])
+
+
+def test_a_system_without_file_locks_reads_and_refuses_to_write(tmp_path, monkeypatch):
+    """Windows has no fcntl: one line instead of a failed import."""
+    make_store(tmp_path)
+    monkeypatch.setattr(rank_files, "fcntl", None)
+    assert EmbeddingStore(tmp_path).read(KEYS[0])[0] == make_seed(KEYS[0])
+    with pytest.raises(StoreError) as info:
+        make_store(tmp_path, [*KEYS, "new"])
+    assert_one_line(info.value, "rank0-index.bin", "file locks", "WSL")
 
 
 def test_truncated_keys_are_noticed_when_they_are_opened(tmp_path):
@@ -170,26 +217,36 @@ def test_keys_that_the_files_cannot_hold_are_refused(tmp_path, keys):
 
 
 class FullDisk:
-    """Stands in for the write call: takes so many bytes, the last of them torn, then reports a full disk."""
+    """Stands in for the write call: the folder holds so many bytes, the last of them torn, then the disk is full."""
 
-    def __init__(self, num_bytes: int) -> None:
-        self.num_left = num_bytes
+    def __init__(self, folder: Path, num_bytes: int) -> None:
+        self.folder, self.num_bytes = folder, num_bytes
 
     def __call__(self, fd: int, data: memoryview) -> None:
-        taken = min(self.num_left, len(data))
+        num_used = sum(path.stat().st_size for path in self.folder.glob("rank*")) - INDEX_HEADER.size
+        taken = min(max(0, self.num_bytes - num_used), len(data))
         os.write(fd, data[:taken])
-        self.num_left -= taken
         if taken < len(data):
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def put_all(directory: Path, batch_size: int) -> None:
+    """Export everything in batches; the writer puts a batch of small records on the disk as a group."""
+    begin_export(directory, make_spec(), KEYS, batch_size=2)
+    with EmbeddingWriter(directory) as out:
+        for start in range(0, len(KEYS), batch_size):
+            keys = KEYS[start : start + batch_size]
+            out.put_batch(keys, [make_seed(key) for key in keys], np.stack([make_embedding(key) for key in keys]))
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, len(KEYS)])
 @pytest.mark.parametrize("num_bytes", [0, 60, RECORD * 3 + 40, RECORD * 3 + 65, RECORD * 6 + 120])
-def test_a_full_disk_loses_nothing_and_resumes(tmp_path, monkeypatch, num_bytes):
+def test_a_full_disk_loses_nothing_and_resumes(tmp_path, monkeypatch, num_bytes, batch_size):
     """Wherever the last byte falls: values, key or index entry; what was whole stays whole."""
     make_store(tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises(StoreError) as info:
-        patched.setattr(rank_appender, "write_all", FullDisk(num_bytes))
-        make_store(tmp_path / "full")
+        patched.setattr(rank_appender, "write_all", FullDisk(tmp_path / "full", num_bytes))
+        put_all(tmp_path / "full", batch_size)
     assert_one_line(info.value, "rank0-values.bin: the disk is full", "bytes free", "run the same command again")
     kept = len(EmbeddingStore(tmp_path / "full"))
     assert kept == num_bytes // (RECORD + 16 + 5)
@@ -276,13 +333,15 @@ class SlowSync:
         time.sleep(0.02)
 
 
-def test_no_more_records_are_at_risk_than_a_resume_checks():
+@pytest.mark.parametrize("group", [1, 8, 10])
+def test_no_more_records_are_at_risk_than_a_resume_checks(group):
     """A power failure may cost what is not synced; beyond 64 such records an append waits for the disk."""
     files = SlowSync()
     with rank_appender.BackgroundSync(files, every=4, seconds=60.0, max_pending=10) as sync:
-        for _ in range(200):
-            files.num_appended += 1
-            sync.note_append()
+        for _ in range(200 // group):
+            sync.wait_for_room(group)
+            files.num_appended += group
+            sync.note_append(group)
             assert files.num_appended - (files.seen[-2] if len(files.seen) > 1 else 0) <= 20
     assert files.seen[-1] == 200
     assert max(later - earlier for earlier, later in zip([0, *files.seen], files.seen, strict=False)) <= 10

@@ -11,11 +11,13 @@ import contextlib
 import os
 import threading
 import time
-import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from sam3_train.embeddings.crc import crc32
 from sam3_train.embeddings.rank_files import (
     ENTRY_DTYPE,
     INDEX_HEADER,
@@ -27,6 +29,20 @@ from sam3_train.embeddings.rank_files import (
 from sam3_train.embeddings.spec import StoreInfo, encode_key
 
 sync_data = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record, ready to be written."""
+
+    key: str
+    seed_bytes: bytes
+    payload: memoryview
+    crc: int
+    """CRC-32 of seed and payload."""
+
+    def __len__(self) -> int:
+        return len(self.seed_bytes) + len(self.payload)
 
 
 class RankAppender:
@@ -46,22 +62,35 @@ class RankAppender:
             self.keys_end = int(entries["key_end"][-1]) if len(entries) else 0
             self._open_files = stack.pop_all()
 
-    def append(self, key: str, seed_bytes: bytes, payload: memoryview, crc: int) -> int:
-        """Write one record, its key and its index entry, in this order; returns the bytes of the record."""
-        key_line = encode_key(key) + b"\n"
-        keys_end = self.keys_end + len(key_line)
-        entry = np.array([(keys_end, crc, zlib.crc32(key_line[:-1]))], ENTRY_DTYPE)
+    def append(self, records: Sequence[Record]) -> None:
+        """Write records, then their keys, then their index entries.
+
+        Raises:
+            OSError: If the disk fails; as many of the records as it takes are there and durable.
+        """
         try:
-            write_all(self.values_fd, memoryview(seed_bytes))
-            write_all(self.values_fd, payload)
-            write_all(self.keys_fd, memoryview(key_line))
-            write_all(self.index_fd, memoryview(entry.tobytes()))
+            self._write(records)
         except OSError:
             self._cut_torn_tail()
-            raise
-        self.num_records += 1
-        self.keys_end = keys_end
-        return len(seed_bytes) + len(payload)
+            if len(records) == 1:
+                raise
+            for record in records:
+                self.append([record])
+
+    def _write(self, records: Sequence[Record]) -> None:
+        key_lines = [encode_key(record.key) + b"\n" for record in records]
+        entries = np.empty(len(records), ENTRY_DTYPE)
+        entries["key_end"] = self.keys_end + np.cumsum([len(line) for line in key_lines])
+        entries["record_crc"] = [record.crc for record in records]
+        entries["key_crc"] = [crc32(line[:-1]) for line in key_lines]
+        pieces = [piece for record in records for piece in (record.seed_bytes, record.payload)]
+        # Small records go out together; of a large one, a copy would cost more than a call.
+        for piece in pieces if len(records) == 1 else [b"".join(pieces)]:
+            write_all(self.values_fd, memoryview(piece))
+        write_all(self.keys_fd, memoryview(b"".join(key_lines)))
+        write_all(self.index_fd, memoryview(entries.tobytes()))
+        self.num_records += len(records)
+        self.keys_end = int(entries["key_end"][-1])
 
     def append_quarantine(self, key: str, reason: str) -> None:
         """Write one line into the quarantine file."""
@@ -101,7 +130,7 @@ class BackgroundSync:
         files: What is synced.
         every: Appends after which a sync begins.
         seconds: Longest time after which it does.
-        max_pending: Appends that may wait for it; one more blocks.
+        max_pending: Most appends that may be made without being durable.
     """
 
     def __init__(
@@ -111,7 +140,7 @@ class BackgroundSync:
         self._files, self._every, self._seconds, self._max_pending = files, every, seconds, max_pending
         self._changed = threading.Condition()
         self._num_appended = self._num_synced = 0
-        self._is_closing = False
+        self._is_closing = self._wants_room = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="embedding-sync", daemon=True)
 
@@ -128,18 +157,33 @@ class BackgroundSync:
         if error_type is None:
             self._raise_error()
 
-    def note_append(self) -> None:
-        """Count one append; waits while too many are not durable yet.
+    def wait_for_room(self, num_appends: int) -> None:
+        """Wait until so many appends may be made without too many that are not durable.
+
+        Args:
+            num_appends: At most ``max_pending``.
 
         Raises:
             OSError: What the disk answered to a sync.
         """
         with self._changed:
-            self._num_appended += 1
+            while self._num_appended + num_appends - self._num_synced > self._max_pending and self._error is None:
+                self._wants_room = True
+                self._changed.notify_all()
+                self._changed.wait()
+            self._wants_room = False
+        self._raise_error()
+
+    def note_append(self, num_appends: int = 1) -> None:
+        """Count appends that were made.
+
+        Raises:
+            OSError: What the disk answered to a sync.
+        """
+        with self._changed:
+            self._num_appended += num_appends
             if self._num_appended - self._num_synced >= self._every:
                 self._changed.notify_all()
-            while self._num_appended - self._num_synced >= self._max_pending and self._error is None:
-                self._changed.wait()
         self._raise_error()
 
     def _raise_error(self) -> None:
@@ -168,7 +212,7 @@ class BackgroundSync:
 
     def _wait_for_work(self) -> None:
         deadline = time.monotonic() + self._seconds
-        while not self._is_closing and self._num_appended - self._num_synced < self._every:
+        while not (self._is_closing or self._wants_room or self._num_appended - self._num_synced >= self._every):
             if not self._changed.wait(deadline - time.monotonic()) and self._num_appended > self._num_synced:
                 return
             if time.monotonic() >= deadline:

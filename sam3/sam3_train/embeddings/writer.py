@@ -17,7 +17,6 @@ import shutil
 import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +27,18 @@ import numpy as np
 import torch
 
 from sam3_train.embeddings.codecs import count_nonfinite
-from sam3_train.embeddings.rank_appender import BackgroundSync, RankAppender
+from sam3_train.embeddings.crc import crc32
+from sam3_train.embeddings.rank_appender import BackgroundSync, RankAppender, Record
 from sam3_train.embeddings.rank_files import TAIL_RECORDS_CHECKED, RankPaths, recover_rank
 from sam3_train.embeddings.spec import StoreError, StoreInfo, read_store_info
 
 FULL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-RECORDS_AHEAD = 3  # encoded records that may wait for the disk
+GROUPS_AHEAD = 3  # groups of encoded records that may wait for the disk
+GROUP_BYTES = 4 << 20
+GROUP_RECORDS = 16
+"""Records are written in groups of at most this number that end once they reach this size. One by one, small records
+would wake two threads each time, and each time push a thread of the forward from its core while the others wait for it.
+"""
 POLL_S = 0.2  # how long a blocked producer waits before it looks for an error of the thread
 
 
@@ -44,14 +49,6 @@ class _Batch:
     embeddings: Any
     wait_ready: Callable[[], None] | None
     release: Callable[[], None] | None
-
-
-@dataclass
-class _Record:
-    key: str
-    payload: memoryview
-    seed_bytes: bytes
-    crc: int
 
 
 @dataclass
@@ -105,7 +102,7 @@ class EmbeddingWriter:
         self.sync_every = sync_every
         self.sync_seconds = sync_seconds
         self._batches: queue.Queue[_Batch | _Quarantine | None] = queue.Queue(max_queued)
-        self._records: queue.Queue[_Record | _Quarantine | Callable[[], None] | None] = queue.Queue(RECORDS_AHEAD)
+        self._groups: queue.Queue[list[Record] | _Quarantine | Callable[[], None] | None] = queue.Queue(GROUPS_AHEAD)
         self._error: BaseException | None = None
         self._files: RankAppender | None = None
         self._threads: list[threading.Thread] = []
@@ -218,20 +215,41 @@ class EmbeddingWriter:
         try:
             while (item := self._take(self._batches)) is not None:
                 if isinstance(item, _Quarantine):
-                    self._hand_over(self._records, item)
+                    self._hand_over(self._groups, item)
                     continue
                 if item.wait_ready is not None:
                     item.wait_ready()
-                for position, (key, seed) in enumerate(zip(item.keys, item.seeds, strict=True)):
-                    self._hand_over(self._records, self._encode(key, seed, item.embeddings[position]))
+                self._encode_batch(item)
                 if item.release is not None:
-                    self._hand_over(self._records, item.release)
+                    self._hand_over(self._groups, item.release)
         finally:
             # After an error too, so that what was encoded before is written and synced.
             with contextlib.suppress(StoreError):
-                self._hand_over(self._records, None)
+                self._hand_over(self._groups, None)
 
-    def _encode(self, key: str, seed: int, embedding_chw: Any) -> _Record | _Quarantine:
+    def _encode_batch(self, batch: _Batch) -> None:
+        """Hand a batch over, in groups."""
+        group: list[Record] = []
+        try:
+            for position, (key, seed) in enumerate(zip(batch.keys, batch.seeds, strict=True)):
+                encoded = self._encode(key, seed, batch.embeddings[position])
+                if isinstance(encoded, Record):
+                    group.append(encoded)
+                    if len(group) < min(GROUP_RECORDS, self.sync_every) and sum(map(len, group)) < GROUP_BYTES:
+                        continue
+                group = self._hand_over_group(group)
+                if isinstance(encoded, _Quarantine):
+                    self._hand_over(self._groups, encoded)
+        finally:
+            self._hand_over_group(group)  # what was encoded before an error is valid work
+
+    def _hand_over_group(self, group: list[Record]) -> list[Record]:
+        """Pass a group on; returns an empty one."""
+        if group:
+            self._hand_over(self._groups, group)
+        return []
+
+    def _encode(self, key: str, seed: int, embedding_chw: Any) -> Record | _Quarantine:
         embedding = _to_float16(embedding_chw)
         if tuple(embedding.shape) != self.info.spec.shape:
             raise StoreError(
@@ -243,22 +261,25 @@ class EmbeddingWriter:
             return _Quarantine(key, f"{num_bad} of {embedding.size} values are not finite in float16")
         payload = self.info.spec.codec_object.encode(embedding).data
         seed_bytes = struct.pack("<i", seed)
-        return _Record(key, payload, seed_bytes, zlib.crc32(payload, zlib.crc32(seed_bytes)))
+        return Record(key, seed_bytes, payload, crc32(payload, crc32(seed_bytes)))
 
     def _write_all(self) -> None:
         assert self._files is not None
         with BackgroundSync(self._files, self.sync_every, self.sync_seconds) as sync:
-            while (item := self._take(self._records)) is not None:
-                if isinstance(item, _Record):
-                    self.stats.num_bytes += self._files.append(item.key, item.seed_bytes, item.payload, item.crc)
-                    self.stats.num_written += 1
+            while (item := self._take(self._groups)) is not None:
+                if isinstance(item, list):
+                    sync.wait_for_room(len(item))
+                    self._files.append(item)
+                    sync.note_append(len(item))
+                    self.stats.num_written += len(item)
+                    self.stats.num_bytes += sum(map(len, item))
                 elif isinstance(item, _Quarantine):
+                    sync.wait_for_room(1)
                     self._files.append_quarantine(item.key, item.reason)
+                    sync.note_append()
                     self.stats.num_quarantined += 1
                 else:
                     item()
-                    continue
-                sync.note_append()
         self.stats.sync_seconds = sync.sync_seconds
 
 
