@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from yacs.config import CfgNode
 
 from sam3_train.data.bad_images import BadImageLog, read_bad_images
@@ -73,13 +73,10 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "bad": [(item["key"], item["bad"]) for item in items if item["bad"]],
         "seed": torch.tensor([item["seed"] for item in good], dtype=torch.int64),
     }
-    for name in ("image", "valid"):
+    for name in ("image", "valid", "embedding"):
         if good and name in good[0]:
-            batch[name] = torch.stack([item[name] for item in good])
-    if good and "embedding" in good[0]:
-        batch["embedding"] = {
-            part: torch.stack([item["embedding"][part] for item in good]) for part in good[0]["embedding"]
-        }
+            # Not torch.stack: in a worker this stacks right into the memory that it shares with the main process.
+            batch[name] = default_collate([item[name] for item in good])
     return batch
 
 
