@@ -45,8 +45,13 @@ def require_teacher_of_store(
         CheckpointError: If the file cannot be read or does not fit.
     """
     _, metadata = read_state_dict(path)
-    if "preprocess" in metadata:
-        theirs = Preprocess.from_dict(metadata["preprocess"])
+    if metadata.get("preprocess") is not None:
+        try:
+            theirs = Preprocess.from_dict(metadata["preprocess"])
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"MODEL.SAM3_CHECKPOINT {path}: its record of the preprocessing is damaged: {error}"
+            ) from None
         preprocess.require_equal(theirs, "the training config (DATA.PREPROCESS)", f"MODEL.SAM3_CHECKPOINT {path}")
     stored = None if store is None else store.spec.teacher.get("sha256")
     if store is None or not stored:  # the public layout does not say whose features it holds

@@ -29,6 +29,8 @@ T = TypeVar("T")
 START_TIMEOUT_S = 300.0
 """How long ranks wait for each other at the start: machines may need minutes to read torch from a network disk."""
 
+_POLL_S = 0.05
+
 
 @dataclass(frozen=True)
 class RunContext:
@@ -162,12 +164,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def patient_barrier(poll_s: float = 0.05) -> None:
+def patient_barrier() -> None:
     """As `barrier` for long waits: signals are handled meanwhile, which a collective operation itself puts off."""
     if world_size() > 1:
         work = dist.barrier(async_op=True)
         while not work.is_completed():
-            time.sleep(poll_s)
+            time.sleep(_POLL_S)
         work.wait()
 
 
@@ -227,14 +229,15 @@ def _join_process_group(run: RunContext, timeout_s: float) -> None:
             f"rank {run.rank} did not find the other processes at {where} (MASTER_ADDR, MASTER_PORT): "
             f"{str(error).splitlines()[0]}"
         ) from error
-    try:
-        store.wait(keys, wait)
-    except dist.DistError as error:
-        absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
-        raise UserError(
-            f"ranks {', '.join(absent)} of {run.world_size} did not come to {where} within {START_TIMEOUT_S:.0f} s: "
-            "look at their own messages"
-        ) from error
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not store.check(keys):  # the store's own wait would put off signals
+        if time.monotonic() > deadline:
+            absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
+            raise UserError(
+                f"ranks {', '.join(absent)} of {run.world_size} did not come to {where} within {START_TIMEOUT_S:.0f} "
+                "s: look at their own messages"
+            )
+        time.sleep(_POLL_S)
     backend = "cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     dist.init_process_group(backend, store=store, rank=run.rank, world_size=run.world_size, timeout=timeout)

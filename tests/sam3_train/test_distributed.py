@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -284,6 +285,26 @@ def test_a_signal_to_one_rank_ends_all_with_130_and_one_line(tmp_path, victim, n
     ended = run_group(signalled_body, 2, tmp_path, victim, number, where)
     assert ended.codes == [130, 130] and ended.seconds < 50
     assert ended.text == f"interrupted by {signal.Signals(number).name}\n"
+
+
+def waiting_body(port: int) -> None:
+    """A rank that waits for one that is late; the store is the launcher's, as under torchrun."""
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True")
+    if os.environ["RANK"] == "1":
+        time.sleep(60)
+    threading.Timer(1.0, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+    with training_run("cpu"):
+        raise AssertionError("there is nobody to join")
+
+
+def test_a_signal_ends_a_rank_that_waits_for_the_others_at_once(tmp_path):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    group = Group(waiting_body, 2, tmp_path, (store.port,))
+    group.processes[0].join(20)
+    assert group.processes[0].exitcode == 130
+    assert group.log.read_text() == "interrupted by SIGTERM\n"
+    group.processes[1].kill()
+    assert group.wait().codes == [130, -9]
 
 
 def stopping_body(folder: Path, victim: int) -> None:
