@@ -8,9 +8,10 @@ from students import RELEASED, lively_student
 from torch import nn
 
 from sam3.backbones import backbone_spec, build_backbone
+from sam3.backbones.packed import PackedConv2d, PackedLinear
 from sam3.config import Sam3Config, StudentConfig
 from sam3.model import deployment
-from sam3.model.deployment import ConvGelu, optimize_for_deployment
+from sam3.model.deployment import optimize_for_deployment
 from sam3.model.student_encoder import StudentTrunk, build_student, fuse_for_inference
 from sam3.model.winograd import WinogradConv2d
 
@@ -62,15 +63,18 @@ def test_the_deployed_trunk_gives_the_same_features_at_the_real_width(backbone: 
     assert list(deployed.state_dict()) == [f"model.{key}" for key in fuse_for_inference(trunk.model).state_dict()]
 
 
-@pytest.mark.parametrize("backbone", ["repvit_m0_9", "tiny_vit_5m"])
-def test_every_gelu_that_follows_a_convolution_is_computed_with_it(backbone: str) -> None:
+JOINED = {"repvit_m0_9": 28, "tiny_vit_5m": 22, "efficientvit_b0": 23}
+
+
+@pytest.mark.parametrize("backbone", JOINED)
+def test_every_activation_that_follows_a_layer_is_computed_with_it(backbone: str) -> None:
     images = torch.randn(1, 3, 112, 112)
     deployed = optimize_for_deployment(lively_student(backbone, torch.cat([images, images])))
-    joined = [name for name, module in deployed.named_modules() if isinstance(module, ConvGelu)]
-    separate = [name for name, module in deployed.named_modules() if isinstance(module, nn.GELU)]
-    assert len(joined) == {"repvit_m0_9": 28, "tiny_vit_5m": 12}[backbone]
-    # TinyViT: MLPs, and the GELU after each residual sum.
-    assert all(name.endswith(("mlp.act", "act3")) for name in separate)
+    packed = [module for module in deployed.modules() if isinstance(module, PackedConv2d | PackedLinear)]
+    separate = [name for name, module in deployed.named_modules() if isinstance(module, nn.GELU | nn.Hardswish)]
+    assert sum(layer.activation != "none" for layer in packed) == JOINED[backbone]
+    assert all(name.endswith("act3") for name in separate)  # TinyViT's GELU after a residual sum
+    assert not [module for module in deployed.modules() if type(module) in (nn.Conv2d, nn.Linear)]
 
 
 def test_the_original_is_left_as_it_was_and_gradients_still_work() -> None:
@@ -116,4 +120,4 @@ def test_where_a_gelu_joins_a_convolution_is_stated_for_whole_families(name: str
     spec = backbone_spec(name)
     with torch.device("meta"):
         classes = {type(module).__name__ for module in build_backbone(spec.name).modules()}
-    assert set(spec.conv_gelu_pairs) <= classes
+    assert set(spec.activation_pairs) <= classes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from sam3.backbones.strip_blocks import efficientvit_blocks
 from sam3.backbones.timm_network import build_timm, register_timm_family
 
 ATTENTION_EPS = 1e-15
@@ -35,4 +36,6 @@ register_timm_family(
     _build,
     marker="input_stem.",
     classifier_prefixes=("head.",),
+    activation_pairs={"ConvNormAct": (("conv", "act"),)},
+    strip_blocks=efficientvit_blocks,
 )

@@ -44,8 +44,11 @@ class BackboneSpec:
     """Rule in ``sam3.checkpoint_keys`` between module names and published names."""
     classifier_prefixes: tuple[str, ...] = ()
     """Beginnings of the timm classifier's parameter names: dropped when ImageNet weights are loaded."""
-    conv_gelu_pairs: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
-    """Module class -> (convolution, GELU) children where the one directly follows the other in the forward."""
+    activation_pairs: Mapping[str, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    """Module class -> (layer, activation) children where, once BatchNorm is folded, the one directly follows the
+    other: deployment on the CPU joins them."""
+    strip_blocks: Callable[[], Mapping[type[nn.Module], type[nn.Module]]] | None = None
+    """Classes of blocks -> their subclasses that run strip by strip on the CPU (``sam3.backbones.strip_blocks``)."""
     fold: Callable[[nn.Module], None] | None = None
     """Folds, in place, parallel branches that the general Conv + BatchNorm folding cannot see."""
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from sam3.backbones.folding import fold_conv_norm, sum_depthwise_branches
+from sam3.backbones.strip_blocks import repvit_blocks
 from sam3.backbones.timm_network import build_timm, register_timm_family
 
 
@@ -46,6 +47,7 @@ register_timm_family(
     _build,
     marker="features.",
     classifier_prefixes=("head.", "classifier."),
-    conv_gelu_pairs={"RepVitMlp": (("conv1", "act"),), "RepVitStem": (("conv1", "act1"),)},
+    activation_pairs={"RepVitMlp": (("conv1", "act"),), "RepVitStem": (("conv1", "act1"),)},
+    strip_blocks=repvit_blocks,
     fold=_fold_branches,
 )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sam3.backbones.strip_blocks import tiny_vit_blocks
 from sam3.backbones.timm_network import build_timm, register_timm_family
 
 
@@ -75,9 +76,11 @@ register_timm_family(
     timm_suffix="_224",
     marker="layers.",
     classifier_prefixes=("head.", "norm_head."),
-    conv_gelu_pairs={
+    activation_pairs={
         "PatchEmbed": (("conv1", "act"),),
         "MBConv": (("conv1", "act1"), ("conv2", "act2")),
         "PatchMerging": (("conv1", "act1"), ("conv2", "act2")),
+        "NormMlp": (("fc1", "act"),),
     },
+    strip_blocks=tiny_vit_blocks,
 )

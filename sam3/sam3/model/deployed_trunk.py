@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +26,12 @@ class DeployedTrunk:
         self._copy: nn.Module | None = None
         self._tensors: list[Tensor] = []
         self._states: list[tuple[int, int]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # a copied or saved model makes its own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.reset()
 
     def of(self, trunk: nn.Module) -> nn.Module:
         """What to run in ``trunk``'s place, under ``torch.no_grad()``.

@@ -4,9 +4,11 @@ What `optimize_for_deployment` does, and why (measured with `scripts/bench_stude
 
 - BatchNorm and RepViT's branches are folded into convolutions (`fuse_for_inference`);
 - ``channels_last``: the students' depthwise convolutions are limited by memory, and this layout reads it in order;
-- on the CPU, the head's 3x3 convolution over 1024 channels, which is most of the work of the smallest student, is
-  computed by Winograd's method with a quarter of the multiplications, and a GELU inside the convolution before it;
-- on request ``torch.compile``, which fuses more but takes tens of seconds at the first image.
+- on the CPU, blocks run strip by strip, so that what lies between their layers stays in the cache
+  (`sam3.backbones.strips`), with weights in oneDNN's layout and activations inside the convolutions
+  (`sam3.backbones.packed`); the head's 3x3 convolution over 1024 channels, which is most of the work of the smallest
+  student, is computed by Winograd's method with a quarter of the multiplications (`sam3.model.winograd`);
+- on request ``torch.compile`` instead of the CPU kernels, which takes tens of seconds at the first image.
 
 Names in the state dict are those of the folded student.
 """
@@ -18,9 +20,10 @@ import os
 import shutil
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
+from sam3.backbones.packed import has_packed_operations, join_activation, pack_layers
+from sam3.backbones.strip_blocks import use_subclasses
 from sam3.model.student_encoder import StudentEncoder, StudentTrunk, fuse_for_inference
 from sam3.model.winograd import WinogradConv2d
 
@@ -74,71 +77,26 @@ def _deploy(student: StudentEncoder, channels_last: bool, fuse: bool, compile: b
     deployed = copy.deepcopy(student).eval().requires_grad_(False)
     if fuse:
         deployed = fuse_for_inference(deployed)
-        if _runs_on_cpu(deployed) and _is_float32(deployed):
-            _use_winograd(deployed.head)
-            if channels_last and not compile:  # the compiler does this by itself
-                _use_conv_gelu(deployed)
+        if not compile and _runs_on_cpu(deployed) and _is_float32(deployed):
+            _use_cpu_kernels(deployed)
     if channels_last:
         deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return deployed
+
+
+def _use_cpu_kernels(student: StudentEncoder) -> None:
+    """Change a folded student, in place, to run with the kernels and in the order that are fastest on the CPU."""
+    _use_winograd(student.head)
+    if not has_packed_operations():
+        return
+    spec = student.backbone.spec
+    pack_layers(student, spec.activation_pairs)
+    join_activation(student.head, "0", "2")  # the BatchNorm between them is folded
+    if spec.strip_blocks is not None:
+        use_subclasses(student.backbone.model, spec.strip_blocks())
 
 
 def _use_winograd(head: nn.Sequential) -> None:
     conv = head[3]
     if type(conv) is nn.Conv2d and min(conv.in_channels, conv.out_channels) >= _MIN_WINOGRAD_CHANNELS:
         head[3] = WinogradConv2d(conv)
-
-
-class ConvGelu(nn.Conv2d):
-    """A convolution followed by GELU as one oneDNN operation, where weights and input allow it."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        """
-        Args:
-            conv: Its parameters are shared.
-        """
-        super().__init__(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,  # type: ignore[arg-type]
-            stride=conv.stride,  # type: ignore[arg-type]
-            padding=conv.padding,  # type: ignore[arg-type]
-            dilation=conv.dilation,  # type: ignore[arg-type]
-            groups=conv.groups,
-            bias=conv.bias is not None,
-            device="meta",
-        )
-        self.weight, self.bias = conv.weight, conv.bias
-        self.train(conv.training)
-
-    def forward(self, x_bchw: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
-        if torch.is_grad_enabled() or x_bchw.device.type != "cpu" or x_bchw.dtype != torch.float32:
-            return F.gelu(super().forward(x_bchw))
-        # The operation that torch.compile uses for this pattern; "none" is the exact (erf) GELU.
-        return torch.ops.mkldnn._convolution_pointwise(
-            x_bchw, self.weight, self.bias, self.padding, self.stride, self.dilation, self.groups, "gelu", [], "none"
-        )
-
-
-def _use_conv_gelu(student: StudentEncoder) -> None:
-    """Replace, in place, each folded convolution and the GELU that directly follows it."""
-    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
-        return
-    pairs_of = student.backbone.spec.conv_gelu_pairs
-    for module in list(student.backbone.modules()):
-        for conv, gelu in pairs_of.get(type(module).__name__, ()):
-            _join(module, conv, gelu)
-    _join(student.head, "0", "2")  # the BatchNorm between them is folded
-
-
-def _join(module: nn.Module, conv_name: str, gelu_name: str) -> None:
-    conv, gelu = getattr(module, conv_name), getattr(module, gelu_name)
-    if (
-        type(conv) is nn.Conv2d
-        and conv.padding_mode == "zeros"
-        and type(gelu) is nn.GELU
-        and gelu.approximate == "none"
-    ):
-        setattr(module, conv_name, ConvGelu(conv))
-        setattr(module, gelu_name, nn.Identity())

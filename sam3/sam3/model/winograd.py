@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sam3.backbones.packed import PackedWeight, has_packed_operations, packed_linear, reorder_linear, runs_packed
+
 TILE = 4
 _PATCH = TILE + 2
+_POINTS = _PATCH * _PATCH
 
 # The matrices of F(4, 3): y = A^T [(G g) * (B^T d)], for the points 0, 1, -1, 2, -2 and infinity.
 _INPUT = (
@@ -35,15 +38,11 @@ _WEIGHT = (
 _OUTPUT = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0), (0, 1, -1, 8, -8, 1))
 
 
-class WinogradConv2d(nn.Conv2d):
+class WinogradConv2d(PackedWeight, nn.Conv2d):
     """A 3x3 convolution of stride 1 and padding 1, for inference.
 
-    Holds the transformed weights (four times the size of the original ones) as a buffer that no file contains.
+    From its first forward on it holds the transformed weights (four times the size of the original ones).
     """
-
-    weight_tci: Tensor
-    input_transform: Tensor
-    output_transform: Tensor
 
     def __init__(self, conv: nn.Conv2d) -> None:
         """
@@ -58,26 +57,11 @@ class WinogradConv2d(nn.Conv2d):
             raise ValueError(f"Winograd convolution needs kernel 3, stride 1, padding 1, one group; got {conv}")
         super().__init__(conv.in_channels, conv.out_channels, 3, padding=1, bias=conv.bias is not None, device="meta")
         self.weight, self.bias = conv.weight, conv.bias
-        device = conv.weight.device
-        input_1d = torch.tensor(_INPUT, dtype=torch.float64, device=device)
-        output_1d = torch.tensor(_OUTPUT, dtype=torch.float64, device=device)
-        # A transform along both axes at once: rows and columns of a patch are flattened.
-        self.register_buffer("input_transform", torch.kron(input_1d, input_1d).float(), persistent=False)
-        self.register_buffer("output_transform", torch.kron(output_1d, output_1d).float(), persistent=False)
-        self.register_buffer("weight_tci", self._transformed_weight(), persistent=False)
-        self.register_load_state_dict_post_hook(_transform_again)
         self.train(conv.training)
-
-    @torch.no_grad()
-    def _transformed_weight(self) -> Tensor:
-        """(36, C_in, C_out)."""
-        transform = torch.tensor(_WEIGHT, dtype=torch.float64, device=self.weight.device)
-        weight = torch.einsum("ik,ockl,jl->ijco", transform, self.weight.double(), transform)
-        return weight.reshape(_PATCH * _PATCH, self.in_channels, self.out_channels).to(self.weight.dtype)
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)."""
-        if torch.is_grad_enabled() or x_bchw.dtype != torch.float32:
+        if torch.is_grad_enabled() or x_bchw.dtype != torch.float32 or self.weight.dtype != torch.float32:
             return super().forward(x_bchw)
         batch, _, height, width = x_bchw.shape
         rows, columns = -(-height // TILE), -(-width // TILE)
@@ -85,19 +69,32 @@ class WinogradConv2d(nn.Conv2d):
         x_bhwc = F.pad(x_bchw.permute(0, 2, 3, 1), padding)
         # (B, rows, columns, C, 6, 6) -> (36, B * rows * columns, C)
         patches = x_bhwc.unfold(1, _PATCH, TILE).unfold(2, _PATCH, TILE).permute(4, 5, 0, 1, 2, 3)
-        patches = (self.input_transform @ patches.reshape(_PATCH * _PATCH, -1)).view(
-            _PATCH * _PATCH, -1, self.in_channels
-        )
-        tiles = torch.bmm(patches, self.weight_tci)
-        tiles = (self.output_transform @ tiles.view(_PATCH * _PATCH, -1)).view(
-            TILE, TILE, batch, rows, columns, self.out_channels
-        )
+        patches = (_on_both_axes(_INPUT, x_bchw) @ patches.reshape(_POINTS, -1)).view(_POINTS, -1, self.in_channels)
+        tiles = self._products(patches).view(_POINTS, -1)
+        tiles = (_on_both_axes(_OUTPUT, x_bchw) @ tiles).view(TILE, TILE, batch, rows, columns, self.out_channels)
         if self.bias is not None:
             tiles = tiles + self.bias
         y_bhwc = tiles.permute(2, 3, 0, 4, 1, 5).reshape(batch, rows * TILE, columns * TILE, self.out_channels)
         return y_bhwc[:, :height, :width].permute(0, 3, 1, 2)
 
+    def _products(self, patches_pti: Tensor) -> Tensor:
+        """(36, tiles, C_in) -> (36, tiles, C_out)."""
+        if not (runs_packed(patches_pti) and has_packed_operations()):
+            return torch.bmm(patches_pti, self.packed_weight(self._transform).transpose(1, 2))
+        rows = patches_pti.shape[1]
+        weights = self.packed_weight(lambda weight: [reorder_linear(w, rows) for w in self._transform(weight)])
+        # One by one: each has the size at which oneDNN is at its best, and a batched product is slower.
+        return torch.stack([packed_linear(*pair) for pair in zip(patches_pti, weights, strict=True)])
 
-def _transform_again(module: nn.Module, _incompatible_keys: object) -> None:
-    assert isinstance(module, WinogradConv2d)
-    module.weight_tci = module._transformed_weight()
+    @torch.no_grad()
+    def _transform(self, weight: Tensor) -> Tensor:
+        """(36, C_out, C_in)."""
+        transform = torch.tensor(_WEIGHT, dtype=torch.float64, device=weight.device)
+        points = torch.einsum("ik,ockl,jl->ijoc", transform, weight.double(), transform)
+        return points.reshape(_POINTS, self.out_channels, self.in_channels).to(weight.dtype)
+
+
+def _on_both_axes(matrix: tuple[tuple[float, ...], ...], like: Tensor) -> Tensor:
+    """A transform along both axes at once, for patches whose rows and columns are flattened."""
+    one_axis = torch.tensor(matrix, dtype=like.dtype, device=like.device)
+    return torch.kron(one_axis, one_axis)
