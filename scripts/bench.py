@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PARTS: dict[str, dict[str, tuple[str, str]]] = {
     "stage1": {
         "data": ("bench_data", "Decoding and preprocessing"),
-        "store": ("bench_store", "Embedding store and export loop"),
+        "store": ("bench_store", "Embedding store"),
+        "export": ("bench_export", "Export loop"),
         "train": ("bench_train", "Training loop"),
         "model": ("bench_model", "Teacher at its real size"),
         "students": ("bench_students", "Students at 1008 px"),
