@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sam3_train.checkpoint_file import file_sha256, fsync_folder, load_checkpoint, save_checkpoint
+from sam3.checkpoint_io import sync_folder
+from sam3_train.checkpoint_file import file_sha256, load_checkpoint, save_checkpoint
 from sam3_train.errors import UserError
 
 __all__ = [
@@ -234,7 +235,7 @@ class CheckpointManager:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
-            fsync_folder(self.folder)
+            sync_folder(self.folder)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error}. Free some space or choose another --output.") from error
 
@@ -300,4 +301,4 @@ def _link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, aside)
     os.replace(aside, target)
-    fsync_folder(target.parent)
+    sync_folder(target.parent)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sam3.checkpoint_io import sync_folder
 from sam3_train.errors import UserError
 from sam3_train.plain_state import plain_state
 
@@ -44,7 +45,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> str:
         if file_sha256(aside) != written:
             raise OSError("what was read back differs from what was written")
         os.replace(aside, path)
-        fsync_folder(path.parent)
+        sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -88,18 +89,6 @@ def file_sha256(path: Path) -> str:
 def _blocks(file: Any) -> Iterable[bytes]:
     while block := file.read(1 << 20):
         yield block
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names of new files durable."""
-    # Windows cannot open a folder; there the rename itself is as durable as it gets.
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class _HashingWriter:
