@@ -1,0 +1,81 @@
+"""The notebooks run from top to bottom, in their own folder, and show what they promise."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+from golden import fill
+from nbclient import NotebookClient
+from safetensors import safe_open
+
+from sam3.image_input import open_image
+from sam3.model.sam3_image_processor import Sam3Processor
+from sam3.model_builder import build_sam3_image_model
+from sam3.released_names import to_released
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = ROOT / "sam3/examples"
+OTHER_TEXTS = ["orange star", "cyan heart", "blue circle"]
+TEACHER = ROOT / "data/demo/tiny_teacher.safetensors"
+
+
+def execute(name: str, folder: Path, **environment: str) -> list[nbformat.NotebookNode]:
+    """Run a copy of a notebook in a copy of the repository's layout; gives its code cells with their outputs."""
+    copy = folder / "sam3/examples"
+    shutil.copytree(EXAMPLES, copy)
+    (folder / "data").symlink_to(ROOT / "data")
+    notebook = nbformat.read(copy / name, as_version=4)
+    nbformat.validate(notebook)
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("SAM3_")}
+    settings = clean | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "2", "IPYTHONDIR": str(folder / "ipython")}
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(copy)}})
+    client.execute(env=settings | environment)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(cell: nbformat.NotebookNode) -> str:
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream" and output.name == "stdout")
+
+
+def num_pictures(cell: nbformat.NotebookNode) -> int:
+    return sum("image/png" in output.get("data", {}) for output in cell.outputs)
+
+
+def test_the_image_notebook_runs_on_any_checkpoint(tmp_path) -> None:
+    """With golden weights, which find nonsense, in the place of the user's own checkpoint."""
+    options = {"enable_detector": True, "enable_inst_interactivity": True}
+    model = fill(build_sam3_image_model(load_from_HF=False, config="tiny", device="cpu", **options))
+    torch.save({"model": to_released(model.state_dict(), model.config)}, tmp_path / "mine.pt")
+    cells = execute("image_predictor.ipynb", tmp_path, SAM3_CHECKPOINT=str(tmp_path / "mine.pt"), SAM3_TEXT="a cat")
+    assert "mine.pt: " in printed(cells[1])
+    assert [num_pictures(cell) for cell in cells] == [0, 0, 1, 1, 1, 1, 1, 1, 0]
+    processor = Sam3Processor(model)
+    state = processor.set_text_prompt(OTHER_TEXTS, processor.set_image(open_image(EXAMPLES / "shapes.jpg")))
+    expected = [f"{result['text']}: {len(result['scores'])}" for result in state["results"]]
+    assert printed(cells[4]).splitlines() == expected
+    assert not [output for cell in cells for output in cell.outputs if output.get("name") == "stderr"]
+
+
+def test_the_image_notebook_finds_what_the_demo_teacher_knows(tmp_path) -> None:
+    with safe_open(TEACHER, framework="pt") as file:
+        has_detector = any(".dot_prod_scoring." in key for key in file.keys())  # noqa: SIM118
+    if not has_detector:
+        pytest.skip("the demo teacher has no detector yet")
+    cells = execute("image_predictor.ipynb", tmp_path)
+    assert [num_pictures(cell) for cell in cells] == [0, 0, 1, 1, 1, 1, 1, 1, 0]
+    assert len(printed(cells[2]).splitlines()) == 2, printed(cells[2])
+    assert printed(cells[4]).splitlines() == ["orange star: 1", "cyan heart: 1", "blue circle: 0"]
+    assert printed(cells[-1]).startswith("2 objects")
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_names_no_machine(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    assert {cell.id for cell in notebook.cells} and notebook.metadata.kernelspec.name == "python3"
+    text = path.read_text(encoding="utf-8")
+    assert not [word for word in ("/work/", "/root/", "/home/", "/Users/") if word in text]
