@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import numpy as np
 import pytest
@@ -28,9 +29,11 @@ def photo() -> np.ndarray:
 
 
 def plain_embedding(model: Sam3Image) -> torch.Tensor:
+    vision = model.backbone.vision_backbone
     with torch.no_grad():
-        weight = model.heads.no_mem_embed
-        return model.image_features(model.preprocess(photo())[None].to(weight)).embedding
+        pixels = model.preprocess(photo())[None].to(model.heads.no_mem_embed)
+        maps = vision.neck(vision.trunk(pixels)[-1], need_detector=False)[2]
+        return model.heads.image_features({"backbone_fpn": maps}).embedding
 
 
 def predicted_embedding(model: Sam3Image) -> torch.Tensor:
@@ -42,11 +45,12 @@ def predicted_embedding(model: Sam3Image) -> torch.Tensor:
 def test_same_features_from_folded_weights_and_the_student_stays(model: Sam3Image) -> None:
     names = list(model.state_dict())
     torch.testing.assert_close(predicted_embedding(model), plain_embedding(model), atol=1e-3, rtol=1e-3)
-    trunk = model.backbone.vision_backbone.trunk
-    deployed = model._deployed_trunk.of(trunk)
+    vision = model.backbone.vision_backbone
+    trunk = vision.trunk
+    deployed = vision.deployed_trunk.of(trunk)
     assert deployed is not trunk
     assert deployed.model.student.fused
-    assert model._deployed_trunk.of(trunk) is deployed
+    assert vision.deployed_trunk.of(trunk) is deployed
     assert isinstance(trunk, StudentTrunk)
     assert not trunk.model.student.fused
     assert list(model.state_dict()) == names
@@ -97,8 +101,30 @@ def test_other_dtypes_and_copies(model: Sam3Image) -> None:
     assert (low.float() - expected).norm() / expected.norm() < 0.05
 
 
+def test_every_path_without_gradients_runs_the_fast_form(model: Sam3Image) -> None:
+    vision = model.backbone.vision_backbone
+    pixels = model.preprocess(photo())[None]
+    seen = []
+    vision.trunk.register_forward_hook(lambda *_: seen.append("as trained"))
+    with torch.no_grad():
+        fast = vision(pixels)[2][-1]
+        assert not seen
+    exact = vision(pixels)[2][-1]
+    assert seen == ["as trained"] and exact.requires_grad
+    torch.testing.assert_close(fast, exact.detach(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_model_is_copied_and_saved_without_the_fast_form(model: Sam3Image) -> None:
+    expected = predicted_embedding(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    assert file.tell() < 4.2 * sum(tensor.numel() for tensor in model.state_dict().values()) + 1e6
+    file.seek(0)
+    torch.testing.assert_close(predicted_embedding(torch.load(file, weights_only=False)), expected)
+
+
 def test_training_mode_and_the_teacher_run_as_they_are(model: Sam3Image) -> None:
     trunk = model.backbone.vision_backbone.trunk
-    assert model._deployed_trunk.of(trunk.train()) is trunk
+    assert model.backbone.vision_backbone.deployed_trunk.of(trunk.train()) is trunk
     teacher = assemble_image_model(TINY, enable_inst_interactivity=True, enable_detector=False).eval()
     assert torch.equal(predicted_embedding(teacher), plain_embedding(teacher))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
@@ -18,20 +19,16 @@ class DeployedTrunk:
     predictor is as fast as it can be. The copy costs about the student's own memory.
     """
 
-    def __init__(self) -> None:
-        self.reset()
+    _copy: nn.Module | None = None
+    _tensors: Sequence[Tensor] = ()
+    _states: Sequence[tuple[int, int]] = ()
 
     def reset(self) -> None:
         """Forget the copy; the next `of` makes it again."""
-        self._copy: nn.Module | None = None
-        self._tensors: list[Tensor] = []
-        self._states: list[tuple[int, int]] = []
+        self.__dict__.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {}  # a copied or saved model makes its own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.reset()
 
     def of(self, trunk: nn.Module) -> nn.Module:
         """What to run in ``trunk``'s place, under ``torch.no_grad()``.

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from sam3.config import Sam3Config
 from sam3.model.data_misc import BatchedDatapoint, FindStage, SAM3Output
 from sam3.model.decoder import TransformerWrapper
-from sam3.model.deployed_trunk import DeployedTrunk
 from sam3.model.fusion_encoder import EncoderOutput
 from sam3.model.geometry import SequenceGeometryEncoder
 from sam3.model.prompt import Prompt
@@ -77,7 +76,6 @@ class Sam3Image(nn.Module):
         self.missing_parts: tuple[str, ...] = ()
         self.supervise_joint_box_scores = False
         self.matcher: nn.Module | None = None
-        self._deployed_trunk = DeployedTrunk()
         self.inst_interactive_predictor: SAM3InteractiveImagePredictor | None = None
         if heads is not None:
             self.inst_interactive_predictor = SAM3InteractiveImagePredictor(heads, self._predictor_features, preprocess)
@@ -260,9 +258,14 @@ class Sam3Image(nn.Module):
 
         Args:
             images: Preprocessed images, (N, 3, S, S).
+
+        Raises:
+            ValueError: If the model has no SAM heads, or not the neck that they read.
         """
-        backbone_out = self.backbone.forward_image(images, need_detector=False)
-        return self.heads.image_features(backbone_out["sam2_backbone_out"])
+        sam2 = self.backbone.forward_image(images, need_detector=False)["sam2_backbone_out"]
+        if sam2 is None:
+            raise ValueError("this model has SAM heads but not the neck that they read: build both or neither")
+        return self.heads.image_features(sam2)
 
     def predict_inst(self, inference_state: Mapping[str, Any], **kwargs: Any) -> Masks:
         """Masks from clicks and boxes on the image of a `Sam3Processor` state, without encoding it again.
@@ -325,17 +328,7 @@ class Sam3Image(nn.Module):
 
     @torch.no_grad()
     def _predictor_features(self, images: Tensor) -> SamFeatures:
-        """`image_features` through the trunk's fastest form; equal within 1e-3 where they are of order 1."""
-        vision = self.backbone.vision_backbone
-        features = self._deployed_trunk.of(vision.trunk)(images)[-1]
-        maps = vision.neck(features, need_detector=False)[2]
-        if maps is None:
-            raise ValueError("this model has SAM heads but not the neck that they read: build both or neither")
-        return self.heads.image_features({"backbone_fpn": maps})
-
-    def _apply(self, fn, recurse=True):
-        self._deployed_trunk.reset()  # its copy would stay on the old device and in the old dtype
-        return super()._apply(fn, recurse)
+        return self.image_features(images)
 
 
 def _describe_encoder_output(encoded: EncoderOutput, prompt_mask: Tensor) -> dict[str, Any]:
