@@ -356,3 +356,32 @@ def test_a_model_in_training_mode_is_refused(model, processor) -> None:
             processor.set_text_prompt("a cat", state)
     finally:
         model.eval()
+
+
+def moved(*args, **kwargs) -> tuple[State, tuple]:
+    """All scores and masks of some prompts, from a model moved to a device or dtype."""
+    model = build(enable_inst_interactivity=True).to(*args, **kwargs)
+    processor = Sam3Processor(model, confidence_threshold=0.0, return_logits=True)
+    state = processor.set_image(photo())
+    state = processor.set_prompts(state, text="a cat", boxes=BOX, points=[[0.2, 0.3]], point_labels=0)
+    return state, model.predict_inst(state, box=np.array([10, 20, 60, 70]), multimask_output=False)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_half_precision_gives_float32_results_near_the_same(dtype: torch.dtype, atol: float) -> None:
+    (whole, whole_clicks), (half, half_clicks) = moved(torch.float32), moved(dtype)
+    assert half["backbone_out"]["backbone_fpn"][0].dtype == half["raw_outputs"]["pred_masks"].dtype == dtype
+    for key, scale in (("scores", 1), ("boxes", 100), ("mask_logits", 30)):
+        assert half[key].dtype == torch.float32
+        torch.testing.assert_close(half[key], whole[key], atol=atol * scale, rtol=0)
+    np.testing.assert_allclose(half_clicks[1], whole_clicks[1], atol=atol)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives() -> None:
+    (cpu, cpu_clicks), (gpu, gpu_clicks) = moved("cpu"), moved("cuda")
+    for key in ("scores", "boxes", "mask_logits"):
+        assert gpu[key].device.type == "cuda"
+        torch.testing.assert_close(gpu[key].cpu(), cpu[key], atol=1e-2, rtol=1e-3)  # the resize rounds differently
+    np.testing.assert_allclose(gpu_clicks[1], cpu_clicks[1], atol=1e-3)
