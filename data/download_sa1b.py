@@ -89,16 +89,16 @@ class Fetcher:
             if self.stop.is_set():
                 raise PermanentError("stopped")
             try:
-                size = self._fetch_once(entry, part)
+                self._fetch_once(entry, part)
                 break
             except FetchError as error:
                 if attempt == self.retries:
                     raise PermanentError(f"{error} ({self.retries + 1} attempts)") from error
                 self.stop.wait(self.backoff_s * 2**attempt)
-        self._finish(entry, part, size)
+        self._finish(entry, part)
 
-    def _fetch_once(self, entry: Entry, part: Path) -> int | None:
-        """Append what is missing to the part; returns the size the server announced for the whole file."""
+    def _fetch_once(self, entry: Entry, part: Path) -> None:
+        """Append what is missing to the part, and check the size that the server announced for the whole file."""
         have = part.stat().st_size if part.exists() else 0
         try:
             with self._open(entry.link, have) as response:
@@ -113,7 +113,8 @@ class Fetcher:
                     file.flush()
                     os.fsync(file.fileno())
         except urllib.error.HTTPError as error:
-            return self._after_http_error(error, part, have)
+            self._after_http_error(error, part, have)
+            return
         except http.client.HTTPException as error:
             raise FetchError(f"the connection broke ({error!r})") from error
         except (TimeoutError, urllib.error.URLError, ConnectionError) as error:
@@ -122,7 +123,6 @@ class Fetcher:
             raise PermanentError(f"{part}: cannot be written ({error.strerror or error})") from error
         if total is not None and part.stat().st_size != total:
             raise FetchError(f"{part.stat().st_size:,} of {total:,} bytes arrived")
-        return total
 
     def _open(self, link: str, have: int) -> Any:
         request = urllib.request.Request(link, headers={"User-Agent": "efficientsam3-download"})
@@ -130,12 +130,12 @@ class Fetcher:
             request.add_header("Range", f"bytes={have}-")
         return urllib.request.urlopen(request, timeout=self.timeout_s)
 
-    def _after_http_error(self, error: urllib.error.HTTPError, part: Path, have: int) -> int:
+    def _after_http_error(self, error: urllib.error.HTTPError, part: Path, have: int) -> None:
         """Deal with a refusal: a part that is already whole is fine, anything else is an error."""
         if error.code == 416:  # nothing behind the part's end
             total = _total_of(error.headers.get("Content-Range", ""))
             if total == have:
-                return have
+                return
             part.unlink(missing_ok=True)
             raise FetchError(f"the part of {have:,} bytes did not fit the file and was removed")
         if error.code == 403:
@@ -156,7 +156,7 @@ class Fetcher:
         if needed is not None and needed > free:
             raise PermanentError(f"{needed / 1e9:,.2f} GB to fetch, {free / 1e9:,.2f} GB free in {self.output}")
 
-    def _finish(self, entry: Entry, part: Path, size: int | None) -> None:
+    def _finish(self, entry: Entry, part: Path) -> None:
         if not part.stat().st_size:
             part.unlink()
             raise PermanentError("the server sent an empty file")

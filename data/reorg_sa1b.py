@@ -121,7 +121,7 @@ def unpack_tar(tar: Path, options: Options) -> TarResult:
         with tarfile.open(tar, "r:") as archive:
             members = _checked_members(archive, tar, result)
             if result.status == "done" and not options.is_dry_run:
-                _write_members(archive, tar, members, options, result)
+                _write_members(archive, tar, members, options)
                 save_names(options.output, tar.name, [str(_relative_target(m.name, tar, options)) for m in members])
     except TarTableError as error:
         result.status = "damaged"
@@ -173,9 +173,7 @@ def _danger(info: tarfile.TarInfo) -> str:
     return ""
 
 
-def _write_members(
-    archive: tarfile.TarFile, tar: Path, members: list[_Member], options: Options, result: TarResult
-) -> None:
+def _write_members(archive: tarfile.TarFile, tar: Path, members: list[_Member], options: Options) -> None:
     for member in members:
         target = options.output / _relative_target(member.name, tar, options)
         if target.exists():

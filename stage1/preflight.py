@@ -155,7 +155,7 @@ def check_data(cfg: CfgNode, world_size: int, problems: list[str], is_main: bool
     if augment is None and not cfg.DISTILL.NO_RAND:
         return None
     if store is not None:
-        _check_store(cfg, store, preprocess, augment, problems)
+        _check_store(store, preprocess, augment, problems)
         train = _covered(store, train, problems)
         val = _covered(store, val, problems) if val is not None else None
         if train is None:
@@ -179,7 +179,7 @@ def _val_index(cfg: CfgNode) -> ImageIndex:
 
 
 def _check_store(
-    cfg: CfgNode, store: EmbeddingStore, preprocess: Preprocess, augment: AugmentSpec | None, problems: list[str]
+    store: EmbeddingStore, preprocess: Preprocess, augment: AugmentSpec | None, problems: list[str]
 ) -> None:
     where = f"the embedding store {store.directory}"
     if store.info is None:

@@ -21,11 +21,11 @@ from yacs.config import CfgNode
 
 from sam3_train.checkpoint import CheckpointManager, load_common
 from sam3_train.config import load_config, training_defaults
-from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler, sample_seed
+from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler
 from sam3_train.distributed import RunContext, training_run
 from sam3_train.errors import run_cli
 from sam3_train.loop import FitResult, Member, fit, fit_many
-from sam3_train.rng import seed_everything
+from sam3_train.rng import mix_seed, seed_everything
 from sam3_train.task import Task, freeze
 
 FAST = ["PRINT_FREQ", "4", "TRAIN.WARMUP_EPOCHS", "1", "TRAIN.SAVE_EVERY_MINUTES", "0", "TRAIN.EPOCHS", "2"]
@@ -45,7 +45,7 @@ class ToyData(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if self.delay_s:
             time.sleep(self.delay_s)
-        noise = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(sample_seed(0, 0, index)))
+        noise = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(mix_seed(0, 0, index)))
         return {"image": self.images[index] + 0.1 * noise, "index": torch.tensor(index)}
 
 

@@ -19,8 +19,8 @@ batch with targets; it runs once per batch under no_grad. Several students: `fit
 gets its own run folder and ends bit for bit (on the CPU) where it would end alone.
 
 Rules a stage must keep so that a resumed run is exact: what is random about an image comes from
-`sam3_train.data.samplers.sample_seed` and not from a worker's generator; what is random in the task comes from the
-global generators (or one seeded from them); the train loader's sampler is a `ResumableDistributedSampler`.
+`sam3_train.rng.mix_seed` of seed, epoch and image, and not from a worker's generator; what is random in the task comes
+from the global generators (or one seeded from them); the train loader's sampler is a `ResumableDistributedSampler`.
 
 What the loop does at a step: forward and backward of ``TRAIN.ACCUMULATION_STEPS`` micro-batches (the last step of an
 epoch may have fewer), gradients synchronised at the last one, clipping, a collective exchange of three flags (a rank

@@ -6,7 +6,7 @@ from itertools import chain
 
 import pytest
 
-from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler, partition, sample_seed
+from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler, partition
 from sam3_train.errors import UserError
 
 
@@ -76,9 +76,3 @@ def test_unequal_ranks_either_drop_or_repeat():
 def test_fewer_images_than_processes_is_an_error():
     with pytest.raises(UserError, match="1 images, fewer than the 2 processes"):
         ResumableDistributedSampler(1, world_size=2)
-
-
-def test_a_sample_seed_is_a_pure_function():
-    assert sample_seed(1, 2, 3) == sample_seed(1, 2, 3)
-    assert len({sample_seed(0, epoch, index) for epoch in range(10) for index in range(100)}) == 1000
-    assert all(0 <= sample_seed(7, 0, index) < 2**31 for index in range(50))

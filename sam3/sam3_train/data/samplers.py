@@ -26,11 +26,6 @@ def partition(num_samples: int, rank: int, world_size: int) -> range:
     return range(start, start + base + (rank < extra))
 
 
-def sample_seed(seed: int, epoch: int, index: int) -> int:
-    """A seed in [0, 2^31) for whatever is random about one image in one epoch, on any worker of any rank."""
-    return mix_seed(seed, epoch, index) % 2**31
-
-
 class PartitionSampler(Sampler[int]):
     """Each index once over all ranks, in order: for validation and export. Ranks may differ by one in length."""
 
