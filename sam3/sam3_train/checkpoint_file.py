@@ -35,6 +35,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> str:
     path = Path(path)
     plain = plain_state(state, "checkpoint")
     aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    writer = None
     try:
         with open(aside, "wb") as file:
             writer = _HashingWriter(file)
@@ -49,8 +50,10 @@ def save_checkpoint(path: str | Path, state: dict[str, Any]) -> str:
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+        # After a write that failed, torch complains about a position instead.
+        cause = error if writer is None or writer.error is None else writer.error
         raise UserError(
-            f"cannot write checkpoint {path}: {error}. Free some space or choose another --output; "
+            f"cannot write checkpoint {path}: {cause}. Free some space or choose another --output; "
             "earlier checkpoints are untouched."
         ) from error
     return written
@@ -97,10 +100,16 @@ class _HashingWriter:
     def __init__(self, file: Any) -> None:
         self._file = file
         self.digest = hashlib.sha256()
+        self.error: OSError | None = None
+        """What the file system answered, if a write failed."""
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self._file.write(data)
+        try:
+            return int(self._file.write(data))
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
