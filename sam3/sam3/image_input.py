@@ -9,6 +9,7 @@ may unpack to far more than its bytes, so `open_image` keeps Pillow's limit, twi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,19 @@ def to_rgb_uint8(image: Any) -> Tensor:
     elif tensor.dtype != torch.uint8:
         raise ImageTypeError(_wrong_dtype(tensor))
     return tensor.expand(3, -1, -1).contiguous()
+
+
+def require_image_list(images: Any) -> Sequence[Any]:
+    """The same list or tuple of images, if it is one.
+
+    Raises:
+        ImageInputError: If it is something else, such as an array of several images, or empty.
+    """
+    if not isinstance(images, (list, tuple)):
+        raise ImageInputError(f"several images come as a list, got {type(images).__name__}")
+    if not images:
+        raise ImageInputError("at least one image is needed, got an empty list")
+    return images
 
 
 def _from_pil(image: Image.Image) -> Tensor:

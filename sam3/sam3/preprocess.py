@@ -9,6 +9,7 @@ the wrong function without any error.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sam3.image_input import to_rgb_uint8
+from sam3.image_input import ImageInputError, require_image_list, to_rgb_uint8
 
 MODES = ("stretch", "letterbox")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
@@ -115,6 +116,30 @@ class Preprocess:
             float32 tensor, (3, size_px, size_px).
         """
         return self.normalize(self.resize(to_rgb_uint8(image)))
+
+    def prepare(self, images: Sequence[Any]) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Turn several images of any sizes into one batch; one at a time is in memory at its full size.
+
+        Args:
+            images: A list; for each, see `sam3.image_input.to_rgb_uint8`.
+
+        Returns:
+            float32, (N, 3, size_px, size_px), and height and width of each image.
+
+        Raises:
+            ImageInputError: If it is no list or an empty one, or one is no image; the message says which.
+        """
+        inputs, hws = [], []
+        for i, image in enumerate(require_image_list(images)):
+            try:
+                pixels = to_rgb_uint8(image)
+            except ImageInputError as error:
+                if len(images) == 1:
+                    raise
+                raise type(error)(f"image {i}: {error}") from None
+            hws.append((pixels.shape[-2], pixels.shape[-1]))
+            inputs.append(self.normalize(self.resize(pixels)))
+        return torch.stack(inputs), hws
 
     def resize(self, pixels_chw: Tensor) -> Tensor:
         """Resize a uint8 image (3, H, W) to its size in the model's input: uint8, (3, h, w), contiguous."""

@@ -139,7 +139,7 @@ REFUSED: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "an array as a batch": (
         lambda w: w.processor.set_image_batch(RGB[None]),
         ImageInputError,
-        "set_image_batch takes a list of images, got ndarray",
+        "several images come as a list, got ndarray",
     ),
     "an empty batch": (lambda w: w.processor.set_image_batch([]), ImageInputError, "at least one image"),
     "one bad image of a batch": (

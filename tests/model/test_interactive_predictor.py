@@ -25,7 +25,8 @@ HEIGHT, WIDTH = 90, 140
 @pytest.fixture(scope="module")
 def model() -> Sam3Image:
     torch.manual_seed(0)
-    return build_sam3_image_model(load_from_HF=False, enable_inst_interactivity=True, config="tiny", device="cpu")
+    options = {"enable_detector": False, "enable_inst_interactivity": True}
+    return build_sam3_image_model(load_from_HF=False, config="tiny", device="cpu", **options)
 
 
 def photo(height: int = HEIGHT, width: int = WIDTH, seed: int = 0) -> np.ndarray:

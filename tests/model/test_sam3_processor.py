@@ -352,8 +352,9 @@ def test_a_model_in_training_mode_is_refused(model, processor) -> None:
     state = processor.set_image(photo())
     model.train()
     try:
-        with pytest.raises(RuntimeError, match=r"training mode.*model.eval"):
-            processor.set_text_prompt("a cat", state)
+        for call in (lambda: processor.set_text_prompt("a cat", state), lambda: processor.set_image(photo())):
+            with pytest.raises(RuntimeError, match=r"training mode.*model.eval"):
+                call()
     finally:
         model.eval()
 

@@ -12,11 +12,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from sam3.image_input import ImageInputError, to_rgb_uint8
+from sam3.checkpoint_parts import POINT_PROMPTS
 from sam3.model.data_misc import FindStage
 from sam3.model.detections import RAW_KEYS, MaskOptions, ResultFilter, detections, image_share
 from sam3.model.detector_prompts import (
@@ -67,6 +66,9 @@ class Sam3Processor:
     - ``masks``: bool, (n, 1, H, W). This and the next keys are missing if the model has no segmentation head.
     - ``masks_logits``: probabilities, in spite of the released name, (n, 1, H, W).
     - ``mask_logits``: real logits, if the processor was made with ``return_logits=True``.
+
+    ``raw_outputs`` keeps all masks of a prompt at the model's own size, 66 MB for the released model, until the next
+    prompt.
     """
 
     def __init__(
@@ -140,9 +142,8 @@ class Sam3Processor:
         Raises:
             ImageInputError: If it is no image.
         """
-        pixels = to_rgb_uint8(image)
-        state = self._encode([pixels], {} if state is None else state)
-        state["original_height"], state["original_width"] = pixels.shape[-2:]
+        state, hws = self._encode([image], {} if state is None else state)
+        state["original_height"], state["original_width"] = hws[0]
         return state
 
     def set_image_batch(self, images: Sequence[Any], state: State | None = None) -> State:
@@ -158,27 +159,18 @@ class Sam3Processor:
         Raises:
             ImageInputError: If there is no image, or one is no image; the message says which.
         """
-        if isinstance(images, (np.ndarray, Tensor)) or not isinstance(images, Sequence) or isinstance(images, str):
-            raise ImageInputError(f"set_image_batch takes a list of images, got {type(images).__name__}")
-        if not images:
-            raise ImageInputError("set_image_batch needs at least one image, got an empty list")
-        pixels = []
-        for i, image in enumerate(images):
-            try:
-                pixels.append(to_rgb_uint8(image))
-            except ImageInputError as error:
-                raise type(error)(f"image {i}: {error}") from None
-        state = self._encode(pixels, {} if state is None else state)
-        state["original_heights"] = [p.shape[-2] for p in pixels]
-        state["original_widths"] = [p.shape[-1] for p in pixels]
+        state, hws = self._encode(images, {} if state is None else state)
+        state["original_heights"], state["original_widths"] = [h for h, _ in hws], [w for _, w in hws]
         return state
 
     @torch.inference_mode()
-    def _encode(self, pixels: Sequence[Tensor], state: State) -> State:
-        """Features of uint8 images (3, H, W), in place of all that the state holds of others."""
+    def _encode(self, images: Sequence[Any], state: State) -> tuple[State, list[tuple[int, int]]]:
+        """Features of images, in place of all that the state holds of others; and their heights and widths."""
+        self._require_eval_mode()
         weight = next(self.model.parameters())
-        inputs = [self.preprocess.normalize(self.preprocess.resize(p)).to(weight.device, weight.dtype) for p in pixels]
-        backbone_out = self.model.backbone.forward_image(torch.stack(inputs), need_sam2=self._for_clicks)
+        batch, hws = self.preprocess.prepare(images)
+        batch = batch.to(weight.device, weight.dtype)
+        backbone_out = self.model.backbone.forward_image(batch, need_sam2=self._for_clicks)
         if self._for_clicks:
             sam2, decoder = backbone_out["sam2_backbone_out"], self.model.heads.sam_mask_decoder
             fine, middle, coarse = sam2["backbone_fpn"]
@@ -186,7 +178,7 @@ class Sam3Processor:
             backbone_out["sam2_backbone_out"] = sam2 | {"backbone_fpn": projected}
         forget(state, IMAGE_KEYS, PROMPT_KEYS, RESULT_KEYS)
         state["backbone_out"] = backbone_out
-        return state
+        return state, hws
 
     # --- prompts ------------------------------------------------------------------------------------------------------
 
@@ -359,6 +351,13 @@ class Sam3Processor:
             state[key] = values if len(results) > 1 or "original_heights" in state else values[0]
         return state
 
+    def _require_eval_mode(self) -> None:
+        if self.model.training:
+            raise RuntimeError(
+                "the model is in training mode, where dropout changes its results and images its statistics: call "
+                "model.eval()"
+            )
+
     def _warn_of_cut_texts(self, texts: Sequence[str]) -> None:
         encoder = self.model.backbone.language_backbone
         if encoder is None:
@@ -394,6 +393,11 @@ class Sam3Processor:
     ) -> None:
         hws = original_hws(state)
         index = require_image_index(image_index, len(hws))
+        if POINT_PROMPTS in self.model.missing_parts:
+            raise PromptError(
+                "this model's checkpoint has no weights for point prompts of the detector, which Hugging Face's layout "
+                "cannot hold: load sam3.pt, draw a box, or use predict_inst for the mask of one clicked object"
+            )
         values = parse_points(points, hws[index], point_format)
         values = values * values.new_tensor(image_share(self.preprocess, hws[index]))
         label_values = parse_labels(labels, len(values), "point")

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sam3.image_input import to_rgb_uint8
 from sam3.preprocess import Preprocess
 from sam3.sam.connected_components import fill_holes
 from sam3.sam.heads import SamFeatures, SamHeads
@@ -83,24 +82,17 @@ class SAM3InteractiveImagePredictor(nn.Module):
         """Encode several images, of any sizes, in one pass; use `predict_batch` afterwards.
 
         Raises:
-            ValueError: If the list is empty.
+            ImageInputError: If it is no list or an empty one, or one is no image; the message says which.
         """
-        if isinstance(image_list, (np.ndarray, Tensor)) or not isinstance(image_list, Sequence):
-            raise ValueError(f"set_image_batch takes a list of images, got {type(image_list).__name__}")
-        if not image_list:
-            raise ValueError("set_image_batch needs at least one image, got an empty list")
         self._set_images(image_list, is_batch=True)
 
     @torch.no_grad()
     def _set_images(self, images: Sequence[Any], is_batch: bool) -> None:
         self.reset_predictor()
         weight = self.model.no_mem_embed
-        pixels = [to_rgb_uint8(image) for image in images]
-        batch = torch.stack([self.preprocess.normalize(self.preprocess.resize(p)) for p in pixels]).to(
-            weight.device, weight.dtype
-        )
-        self._features = self._encode_images(batch)
-        self._original_hws = [(p.shape[-2], p.shape[-1]) for p in pixels]
+        batch, original_hws = self.preprocess.prepare(images)
+        self._features = self._encode_images(batch.to(weight.device, weight.dtype))
+        self._original_hws = original_hws
         self._is_batch = is_batch
 
     @contextmanager
