@@ -89,15 +89,17 @@ def test_padding_changes_nothing(head: UniversalSegmentationHead) -> None:
     assert (unmasked["pred_masks"] - expected["pred_masks"])[1].abs().max() > 1e-3
 
 
-@torch.no_grad()
-def test_every_prompt_reads_its_own_image(head: UniversalSegmentationHead) -> None:
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_every_prompt_reads_its_own_image(head: UniversalSegmentationHead, with_gradients: bool) -> None:
     inputs, maps, image_ids = make_inputs(SIZE_HW, batch=4), pyramid(3), [2, 0, 2, 1]
-    together = run(head, maps, inputs, image_ids)
+    with torch.set_grad_enabled(with_gradients):  # without, each image's part is kept for its next prompt
+        together = run(head, maps, inputs, image_ids)
     for i, image in enumerate(image_ids):
         single = one_item(inputs, i)
         own = [m[image : image + 1] for m in maps]
         args = (single.tokens, single.prompt, single.prompt_mask)
-        alone = head(own, queries(4)[i : i + 1], torch.tensor([0]), *args)
+        with torch.no_grad():
+            alone = head(own, queries(4)[i : i + 1], torch.tensor([0]), *args)
         torch.testing.assert_close(alone["pred_masks"][0], together["pred_masks"][i], atol=1e-4, rtol=1e-5)
         torch.testing.assert_close(alone["semantic_seg"][0], together["semantic_seg"][i], atol=1e-4, rtol=1e-5)
 

@@ -128,9 +128,23 @@ class TransformerLayer(nn.Module):
         Returns:
             (B, N, C).
         """
+        x = self.attend_self(x, pos, key_padding_mask)
+        return self.attend_context(x, context, context_pos, context_key_padding_mask)
+
+    def attend_self(self, x: Tensor, pos: Tensor | None = None, key_padding_mask: Tensor | None = None) -> Tensor:
+        """The first third of `forward`, which does not depend on the context."""
         h = self.norm1(x)
         placed = h if pos is None else h + pos
-        x = x + self.dropout(self.self_attn(placed, placed, h, key_padding_mask))
+        return x + self.dropout(self.self_attn(placed, placed, h, key_padding_mask))
+
+    def attend_context(
+        self,
+        x: Tensor,
+        context: Tensor,
+        context_pos: Tensor | None = None,
+        context_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The rest of `forward`, from what `attend_self` returned."""
         keys = context if context_pos is None else context + context_pos
         x = x + self.dropout(self.cross_attn_image(self.norm2(x), keys, context, context_key_padding_mask))
         hidden = self.dropout(F.relu(self.linear1(self.norm3(x))))

@@ -6,7 +6,8 @@ reads the prompt here, in spite of its name.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import deque
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sam3.config import FusionEncoderConfig
 from sam3.model.attention_layers import TransformerLayer
+from sam3.model.weights_state import weights_state
 
 
 class EncoderOutput(NamedTuple):
@@ -37,8 +39,20 @@ class EncoderOutput(NamedTuple):
     """``spatial_shapes`` as numbers, which cost no synchronisation with the device."""
 
 
+class _Start(NamedTuple):
+    """The first self-attention of one image, and what it was computed from."""
+
+    tokens: Tensor
+    pos: Tensor
+    weights: tuple[int, ...]
+    result: Tensor
+
+
 class TransformerEncoderFusion(nn.Module):
     """Pre-norm layers without a final norm; ``layers.{i}``.
+
+    The first self-attention comes before the image has read any prompt: for inference on the CPU, where it takes
+    seconds for a hundred prompts, it is computed once per image.
 
     Attributes:
         use_checkpointing: Recompute each layer in the backward pass instead of keeping its activations; acts in
@@ -52,6 +66,7 @@ class TransformerEncoderFusion(nn.Module):
             TransformerLayer(hidden_dim, config.num_heads, config.mlp_dim, config.dropout)
             for _ in range(config.num_layers)
         )
+        self._starts: deque[_Start] = deque(maxlen=2)  # of the last images
 
     def forward(
         self,
@@ -77,9 +92,12 @@ class TransformerEncoderFusion(nn.Module):
         if num_tokens != height * width:
             raise ValueError(f"fusion encoder: {num_tokens} image tokens are no grid of {height} x {width}")
         tokens, context, pos = src.transpose(0, 1), prompt.transpose(0, 1), src_pos.transpose(0, 1)
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             inputs = (tokens, context, pos, None, None, prompt_key_padding_mask)
-            if self.training and self.use_checkpointing:
+            if i == 0 and self._reuses_images(tokens):
+                assert isinstance(layer, TransformerLayer)
+                tokens = layer.attend_context(self._start(layer, tokens, pos), context, None, prompt_key_padding_mask)
+            elif self.training and self.use_checkpointing:
                 tokens = checkpoint(layer, *inputs, use_reentrant=False)
             else:
                 tokens = layer(*inputs)
@@ -93,3 +111,37 @@ class TransformerEncoderFusion(nn.Module):
             memory_text=prompt,
             size_hw=size_hw,
         )
+
+    def _reuses_images(self, tokens: Tensor) -> bool:
+        return tokens.device.type == "cpu" and not (
+            self.training
+            or torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
+            or torch.compiler.is_compiling()
+        )
+
+    def _start(self, layer: TransformerLayer, tokens: Tensor, pos: Tensor) -> Tensor:
+        """The first layer's self-attention, (B, L, C); prompts on the same image share it."""
+        weights = weights_state(layer.norm1, layer.self_attn)
+        results = []
+        for item, item_pos in zip(tokens.split(1), pos.expand_as(tokens).split(1), strict=True):
+            for start in tuple(self._starts):
+                if start.weights == weights and torch.equal(start.tokens, item) and torch.equal(start.pos, item_pos):
+                    break
+            else:
+                start = _Start(item.clone(), item_pos.clone(), weights, layer.attend_self(item, item_pos))
+                self._starts.append(start)
+            results.append(start.result)
+        return torch.cat(results)
+
+    def _apply(self, fn, recurse=True):
+        self._starts.clear()  # they would keep memory on the old device
+        return super()._apply(fn, recurse)
+
+    def train(self, mode: bool = True) -> TransformerEncoderFusion:
+        """Either mode begins without what was kept of images."""
+        self._starts.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_starts": deque(maxlen=self._starts.maxlen)}  # nothing of an image in a copy or a file

@@ -9,38 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam3.config import SegmentationHeadConfig
 from sam3.model.attention_layers import MultiheadAttention
+from sam3.model.pixel_decoder import PixelDecoder
 from sam3.sam.layers import MLP
-
-NUM_STAGES = 3
-"""Stages that files hold. With three levels two of them run; the weights of the last are never read."""
-
-
-class PixelDecoder(nn.Module):
-    """From the coarse map to the finest: upsample, add the finer map, 3x3 convolution, GroupNorm, ReLU."""
-
-    def __init__(self, hidden_dim: int, norm_groups: int) -> None:
-        super().__init__()
-        self.conv_layers = nn.ModuleList(nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1) for _ in range(NUM_STAGES))
-        self.norms = nn.ModuleList(nn.GroupNorm(norm_groups, hidden_dim) for _ in range(NUM_STAGES))
-
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """
-        Args:
-            maps: Finest first, at most four. The coarsest is (B, C, H, W), the others (B, C, h, w) or (1, C, h, w).
-
-        Returns:
-            (B, C, h, w) at the size of the finest map.
-        """
-        pixels = maps[-1]
-        for finer, conv, norm in zip(reversed(maps[:-1]), self.conv_layers, self.norms, strict=False):
-            pixels = F.interpolate(pixels, size=finer.shape[-2:], mode="nearest")
-            pixels = F.relu(norm(conv(finer + pixels)))
-        return pixels
 
 
 class MaskPredictor(nn.Module):
@@ -101,25 +75,35 @@ class UniversalSegmentationHead(nn.Module):
             ``pred_masks`` (B, N, h, w) and ``semantic_seg`` (B, 1, h, w), both logits at the size of the finest map;
             ``presence_logit`` None, as presence comes from the decoder.
         """
-        pixels = self.pixels(backbone_feats, image_ids, encoder_hidden_states, prompt, prompt_mask)
-        return {
-            "pred_masks": self.mask_predictor(queries, pixels, self.instance_seg_head),
-            "semantic_seg": self.semantic_seg_head(pixels),
-            "presence_logit": None,
-        }
+        fused = self._fused_map(encoder_hidden_states, prompt, prompt_mask, backbone_feats[-1].shape[-2:])
+        finer = backbone_feats[:-1]
+        if self.pixel_decoder.reuses_images(fused, finer):
+            pred_masks, semantic_seg = self._masks_one_by_one(queries, fused, finer, image_ids)
+        else:
+            pred_masks, semantic_seg = self._masks(queries, self.pixel_decoder(fused, finer, image_ids))
+        return {"pred_masks": pred_masks, "semantic_seg": semantic_seg, "presence_logit": None}
 
-    def pixels(
-        self,
-        backbone_feats: Sequence[Tensor],
-        image_ids: Tensor,
-        encoder_hidden_states: Tensor,
-        prompt: Tensor,
-        prompt_mask: Tensor | None,
+    def _masks_one_by_one(
+        self, queries: Tensor, fused: Tensor, finer: Sequence[Tensor], image_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The embedding of all pixels, the largest tensor here, then exists for one prompt at a time."""
+        ids = image_ids.tolist() if len(finer[0]) > 1 else [0] * len(fused)
+        if len(ids) == 1:
+            return self._masks(queries, self.pixel_decoder.decode_one(fused, finer, ids[0]))
+        pred_masks = queries.new_empty(*queries.shape[:2], *finer[0].shape[-2:])
+        semantic_seg = pred_masks.new_empty(len(ids), 1, *pred_masks.shape[-2:])
+        for i, image_id in enumerate(ids):
+            pixels = self.pixel_decoder.decode_one(fused[i : i + 1], finer, image_id)
+            pred_masks[i], semantic_seg[i] = (masks[0] for masks in self._masks(queries[i : i + 1], pixels))
+        return pred_masks, semantic_seg
+
+    def _masks(self, queries: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mask_predictor(queries, pixels, self.instance_seg_head), self.semantic_seg_head(pixels)
+
+    def _fused_map(
+        self, encoder_hidden_states: Tensor, prompt: Tensor, prompt_mask: Tensor | None, size_hw: Sequence[int]
     ) -> Tensor:
-        """Embedding of every pixel for every prompt, (B, C, h, w); arguments as in `forward`."""
+        """Fused tokens after they have read the prompt once more, as a map (B, C, H, W)."""
         tokens, context = encoder_hidden_states.transpose(0, 1), prompt.transpose(0, 1)
         attended = self.cross_attend_prompt(self.cross_attn_norm(tokens), context, context, prompt_mask)
-        fused = (tokens + attended).transpose(1, 2).unflatten(-1, backbone_feats[-1].shape[-2:])
-        num_images = len(backbone_feats[0])
-        finer = [m if num_images == 1 else m[image_ids] for m in backbone_feats[:-1]]
-        return self.pixel_decoder([*finer, fused])
+        return (tokens + attended).transpose(1, 2).unflatten(-1, tuple(size_hw))
