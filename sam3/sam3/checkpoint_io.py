@@ -91,6 +91,9 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
         raise CheckpointError(f"{file}: the file is empty (an interrupted copy or download?)")
     if file.name.endswith(INDEX_SUFFIX):
         return _read_shards(path, file)
+    shard = re.search(r"-\d{5}-of-(\d{5})\.safetensors$", file.name)
+    if shard and int(shard[1]) > 1:
+        raise CheckpointError(f"{file}: one of {int(shard[1])} shards: give their index (*{INDEX_SUFFIX}) or folder")
     kind = sniff(file)
     if kind == "safetensors":
         state_dict, metadata = _read_safetensors(file)

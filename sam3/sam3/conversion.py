@@ -143,7 +143,7 @@ def _target_weights(
         return released_to_hf(weights), lost, added
     complete = source.weights_for(model)
     if len(complete) > len(weights):
-        added.append("zeros for point prompts of the detector, which the file lacks; load_model refuses such prompts")
+        added.append("zeros for point prompts of the detector, which the file lacks; such prompts are then refused")
     tables = _rotary_tables(model)
     if request.output.suffix != ".safetensors":
         absent = {key: table for key, table in tables.items() if key not in complete}

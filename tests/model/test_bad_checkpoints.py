@@ -220,6 +220,10 @@ CASES: dict[str, tuple[Maker, str]] = {
     "two names for one tensor": (changed(**{"module." + QKV: torch.ones(384, 128)}), "without the prefixes"),
     "the record of another model": (record_of_another_model, f"tiny with student {STUDENT}' (it holds a ViT trunk"),
     # shards
+    "one shard of three": (
+        raw(safetensors_bytes({}), "model-00001-of-00003.safetensors"),
+        "one of 3 shards: give their index (*.safetensors.index.json) or folder",
+    ),
     "a shard is missing": (
         index_of({"a": "one.safetensors", "b": "two.safetensors"}, "one.safetensors"),
         "1 of 2 shards",
