@@ -16,7 +16,9 @@ from sam3.conversion import ConversionRequest, convert_checkpoint
 from sam3.convert import main
 from sam3.hf_keys import POINT_PROJECTIONS
 from sam3.loading import load_model
+from sam3.model.sam3_image_processor import Sam3Processor
 from sam3.released_names import released_state_dict
+from sam3.sam.prompts import PromptError
 
 FOURIER = "tracker.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix"
 POSITIONS = "detector.backbone.vision_backbone.trunk.pos_embed"
@@ -71,8 +73,13 @@ def test_to_hugging_face_and_back(meta_file: Path, tmp_path: Path, capsys: pytes
     weights = read_state_dict(back)[0]
     assert not any(weights[key].any() for key in POINT_PROJECTIONS)
     assert torch.equal(weights[POSITIONS][:, 1:], whole_weights()[POSITIONS][:, 1:])
-    # Zeros are recognised, however often the file is converted.
-    assert load_model(back, device="cpu").missing_parts == (POINT_PROMPTS,)
+    # Zeros are recognised, however often the file is converted, and no point is answered with them.
+    model = load_model(back, device="cpu")
+    assert model.missing_parts == (POINT_PROMPTS,)
+    processor = Sam3Processor(model)
+    state = processor.set_image(torch.zeros(3, 40, 50, dtype=torch.uint8))
+    with pytest.raises(PromptError, match="no weights for point prompts of the detector"):
+        processor.add_point_prompt([0.5, 0.5], True, state)
 
 
 def test_to_safetensors_and_back(meta_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
