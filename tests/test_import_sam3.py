@@ -21,7 +21,6 @@ def settings():
         "threads": [torch.get_num_threads(), torch.get_num_interop_threads()],
         "random": torch.initial_seed(),
         "warnings": [str(entry) for entry in warnings.filters],
-        "path": list(sys.path),
         "cuda": torch.cuda.is_initialized(),
     }
 
