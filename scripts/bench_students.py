@@ -4,7 +4,9 @@
     python scripts/bench_students.py --student es_ev_s es_rv_m --no-compile
 
 All forms of a student are timed in turn within one run, so that a busy machine slows all of them alike; the figure is
-the fastest of the runs. Outputs of each form are compared with those of the student as trained.
+the fastest of the runs. Outputs of each form are compared with those of the student as trained. The share of the
+machine's arithmetic that the best form reaches says how much more there is to gain: 100% is a matrix product of
+2048x2048 by 2048x2048 in the same run.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from __future__ import annotations
 import argparse
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from sam3.backbones import backbone_spec, student_names
+from sam3.backbones.packed import has_packed_operations, packed_linear, reorder_linear
 from sam3.config import Sam3Config, StudentConfig
 from sam3.model.deployment import has_cpp_compiler, optimize_for_deployment
 from sam3.model.student_encoder import StudentEncoder, build_student
@@ -29,6 +33,7 @@ from sam3_train.errors import run_cli
 TARGET_SPEEDUP = 2.0
 TOLERANCE = 1e-3
 AS_TRAINED = "as trained"
+SUMMARY_FORMS = (AS_TRAINED, "deployed", "compiled")
 
 
 @dataclass
@@ -41,6 +46,15 @@ class StudentTimes:
     differences: dict[str, float]
     """Form -> largest difference from the outputs as trained, in units of their standard deviation."""
     training_step_s: float
+    gflop: float
+    """Arithmetic of the deployed form, which needs a quarter of the head's 3x3 convolution (`WinogradConv2d`)."""
+    peak_gflops: float
+    """Of this machine, measured in the same run."""
+
+    @property
+    def share_of_peak(self) -> float:
+        """Arithmetic of the best form per second, over the machine's."""
+        return self.gflop / self.seconds[self.best_form] / self.peak_gflops
 
     @property
     def best_form(self) -> str:
@@ -91,13 +105,39 @@ def measure_student(
         for _ in range(runs):
             for form, module in forms.items():
                 seconds[form] = min(seconds[form], _timed(lambda m=module: m(image), device))  # type: ignore[misc]
+    gflop = deployed_gflop(student, image)
     differences = {form: _difference(output, outputs[AS_TRAINED]) for form, output in outputs.items()}
     del forms, outputs
     step_s = training_step_seconds(student, image)
     if compile:
         torch._dynamo.reset()
     gc.collect()
-    return StudentTimes(spec.student_name or name, seconds, differences, step_s)
+    return StudentTimes(spec.student_name or name, seconds, differences, step_s, gflop, peak_gflops(device))
+
+
+@torch.no_grad()
+def deployed_gflop(student: StudentEncoder, image_bchw: Tensor) -> float:
+    """Multiplications and additions of matrix products and convolutions in one forward, with Winograd's in the head."""
+    conv: Any = student.head[3]
+    maps: list[Tensor] = []
+    handle = conv.register_forward_hook(lambda _module, _inputs, output: maps.append(output))
+    with FlopCounterMode(display=False) as counter:
+        student(image_bchw)
+    handle.remove()
+    direct = 2 * maps[0].numel() * conv.weight[0].numel()
+    return (counter.get_total_flops() - 0.75 * direct) / 1e9
+
+
+@torch.no_grad()
+def peak_gflops(device: torch.device, side: int = 2048) -> float:
+    """Arithmetic per second of one large matrix product, by the fastest means there is."""
+    x, weight = torch.randn(side, side, device=device), torch.randn(side, side, device=device)
+    product: Callable[[], Tensor] = lambda: x @ weight  # noqa: E731
+    if device.type == "cpu" and has_packed_operations():
+        packed = reorder_linear(weight, side)
+        product = lambda: packed_linear(x, packed)  # noqa: E731
+    product()
+    return 2 * side**3 / min(_timed(product, device) for _ in range(5)) / 1e9
 
 
 @torch.no_grad()
@@ -148,6 +188,9 @@ def rows_of(times: StudentTimes) -> list[dict[str, Any]]:
         if difference:
             row["note"] = f"largest difference {difference:.1e} of the outputs' scale"
             row["target"], row["met"] = f"difference < {TOLERANCE:g}", difference < TOLERANCE
+    rows.append(
+        {"name": f"{times.student}: share of the machine's arithmetic", "value": times.share_of_peak, "unit": ""}
+    )
     rows.append({"name": f"{times.student}: training step", "value": times.training_step_s, "unit": "s"})
     rows.append(
         {
@@ -161,10 +204,37 @@ def rows_of(times: StudentTimes) -> list[dict[str, Any]]:
     return rows
 
 
+def summary(all_times: Sequence[StudentTimes]) -> str:
+    """One line per student, as Markdown."""
+    titles = ["Student", *SUMMARY_FORMS, "Best", "Gain", f">= {TARGET_SPEEDUP:g}x", "GFLOP", "Of peak", "Training step"]
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    for times in all_times:
+        seconds = [f"{times.seconds[form]:.3f} s" if form in times.seconds else "" for form in SUMMARY_FORMS]
+        cells = [
+            times.student,
+            *seconds,
+            times.best_form,
+            f"{times.speedup:.2f}x",
+            "yes" if times.speedup >= TARGET_SPEEDUP else "no",
+            f"{times.gflop:.1f}",
+            f"{times.share_of_peak:.0%}",
+            f"{times.training_step_s:.2f} s",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def bench(
     quick: bool = False, device: torch.device | None = None, students: list[str] | None = None, compile: bool = True
 ) -> list[dict[str, Any]]:
-    """Rows for all nine students, or those named.
+    """Rows for all nine students, or those named; see `measure`."""
+    return [row for times in measure(quick, device, students, compile) for row in rows_of(times)]
+
+
+def measure(
+    quick: bool = False, device: torch.device | None = None, students: list[str] | None = None, compile: bool = True
+) -> list[StudentTimes]:
+    """Times of all nine students, or those named.
 
     Args:
         quick: One student at the tiny preset's size: the paths are real, the figures are not.
@@ -176,10 +246,7 @@ def bench(
     config = Sam3Config.preset("tiny" if quick else "sam3")
     names = students or (["es_ev_s"] if quick else list(student_names()))
     compile = compile and not quick and (device.type != "cpu" or has_cpp_compiler())
-    rows: list[dict[str, Any]] = []
-    for name in names:
-        rows += rows_of(measure_student(name, config, device, compile, runs=1 if quick else 5))
-    return rows
+    return [measure_student(name, config, device, compile, runs=1 if quick else 5) for name in names]
 
 
 def _main(argv: list[str] | None) -> int:
@@ -192,8 +259,10 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    rows = bench(args.quick, device, args.student, not args.no_compile)
+    all_times = measure(args.quick, device, args.student, not args.no_compile)
+    rows = [row for times in all_times for row in rows_of(times)]
     print(format_table("students", machine_facts(device), {"students": ("Students", rows)}))
+    print(summary(all_times))
     return 0
 
 
