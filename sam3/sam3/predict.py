@@ -19,6 +19,7 @@ Images that cannot be used are listed at the end and the exit code is 2; the oth
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m sam3.predict",
         description=summary,
-        epilog=(__doc__ or "").removeprefix(summary).strip(),
+        epilog=(__doc__ or "").removeprefix(summary).strip("\n"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--checkpoint", required=True, help="a file that sam3.load_model opens, or a model on the Hub")
@@ -83,6 +84,8 @@ def predict(argv: list[str] | None = None) -> int:
         problems.append("--box with label 0 does not go with --interactive: each box is an object to cut out")
     device = _parse_device(args.device, problems)
     images = _find_images(args.image, args.output, problems)
+    if not problems:
+        _make_folder(args.output, problems)
     if problems:
         raise CommandError.from_problems(problems)
 
@@ -154,6 +157,16 @@ def _check_options(args: argparse.Namespace, problems: list[str]) -> None:
             problems.append("--interactive: points belong to one object, so give at most one --box with them")
     if args.output.exists() and not args.output.is_dir():
         problems.append(f"--output {args.output}: is a file, not a folder")
+
+
+def _make_folder(path: Path, problems: list[str]) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problems.append(f"--output {path}: cannot be made ({error.strerror})")
+    else:
+        if not os.access(path, os.W_OK):
+            problems.append(f"--output {path}: cannot be written to")
 
 
 def _parse_device(name: str | None, problems: list[str]) -> torch.device | None:

@@ -181,6 +181,8 @@ def test_a_bug_is_no_mistake_of_the_user_and_keeps_what_is_done(run, photos, mon
         (["--image", "PHOTO"], ["no prompt: give --text, --box or --point"]),
         (["--image", "nowhere.jpg", "--text", "x"], ["--image nowhere.jpg: no such file or folder"]),
         (["--image", "EMPTY", "--text", "x"], ["the folder holds no image"]),
+        (["--image", "PHOTO", "--text", "x", "--output", "PHOTO"], ["a.png: is a file, not a folder"]),
+        (["--image", "PHOTO", "--text", "x", "--output", "PHOTO/out"], ["a.png/out: cannot be made (Not a directory)"]),
         (["--image", "PHOTO", "--text", " "], ["--text ' ': the text is empty"]),
         (["--image", "PHOTO", "--box", "1,2,3"], ["--box 1,2,3: expected 4 numbers"]),
         (["--image", "PHOTO", "--box=-1,2,x,4"], ["--box -1,2,x,4: expected 4 numbers"]),
@@ -201,6 +203,7 @@ def test_what_cannot_work_is_said_before_a_model_is_loaded(
     monkeypatch.setattr("sam3.loading.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
     (tmp_path / "EMPTY").mkdir()
     names = {"PHOTO": str(photos / "a.png"), "EMPTY": str(tmp_path / "EMPTY")}
+    names["PHOTO/out"] = names["PHOTO"] + "/out"
     code, _, err, results = run(*(names.get(word, word) for word in options))
     assert code == 2 and results is None and "Traceback" not in err
     for message in messages:
