@@ -62,7 +62,7 @@ def test_only_runs_the_named_parts_and_refuses_unknown_ones(parts, tmp_path, cap
     assert capsys.readouterr().err == "error: --only god: stage1 has the parts bad, good\n"
 
 
-@pytest.mark.parametrize("module_name", [module for module, _ in bench.PARTS["stage1"].values()])
+@pytest.mark.parametrize("module_name", [module for parts in bench.PARTS.values() for module, _ in parts.values()])
 def test_every_part_has_the_function_that_is_called(module_name):
     signature = inspect.signature(importlib.import_module(module_name).bench)
     signature.bind(quick=True, device=torch.device("cpu"))

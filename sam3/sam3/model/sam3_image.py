@@ -200,10 +200,11 @@ class Sam3Image(nn.Module):
     def _require_images(self, backbone_out: dict[str, Any], img_ids: Tensor) -> Tensor:
         """Rows of the feature maps for each prompt; encodes the images first if that was put off."""
         images, rows = backbone_out.get("img_batch_all_stages"), backbone_out.get("id_mapping")
-        if backbone_out.get("backbone_fpn") is None and images is None:
+        has_maps = backbone_out.get("backbone_fpn") is not None
+        if not has_maps and images is None:
             raise ValueError("backbone_out has neither backbone_fpn nor img_batch_all_stages: set an image first")
-        is_lazy = images is not None and (rows is not None or backbone_out.get("backbone_fpn") is None)
-        if is_lazy and (rows is None or bool((rows[img_ids] < 0).any())):
+        is_other = images is not None and rows is not None and bool((rows[img_ids] < 0).any())
+        if images is not None and (is_other or not has_maps):
             needed = img_ids.unique()
             weight = next(self.parameters())
             backbone_out |= self.backbone.forward_image(images[needed].to(weight.device, weight.dtype))
