@@ -8,8 +8,10 @@ import io
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sam3.config import Sam3Config, StudentConfig
+from sam3.model import deployed_trunk, deployment
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.student_encoder import StudentTrunk
 from sam3.model_builder import assemble_image_model
@@ -112,6 +114,43 @@ def test_every_path_without_gradients_runs_the_fast_form(model: Sam3Image) -> No
     exact = vision(pixels)[2][-1]
     assert seen == ["as trained"] and exact.requires_grad
     torch.testing.assert_close(fast, exact.detach(), atol=1e-3, rtol=1e-3)
+
+
+def compile_trunk(model: Sam3Image, monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Ask for compilation as the builders do; returns what was compiled, which runs uncompiled."""
+    compiled: list[object] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
+    model.backbone.vision_backbone.trunk._compiled_call_impl = lambda *_: pytest.fail("the trunk as trained was run")
+    return compiled
+
+
+def test_compilation_is_of_the_fast_form_and_follows_the_weights(
+    model: Sam3Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = predicted_embedding(model)
+    compiled = compile_trunk(model, monkeypatch)
+    monkeypatch.setattr(deployed_trunk, "has_cpp_compiler", lambda: True)
+    monkeypatch.setattr(deployment, "has_cpp_compiler", lambda: True)
+    for _ in range(2):
+        torch.testing.assert_close(predicted_embedding(model), expected, atol=1e-3, rtol=1e-3)
+    change_in_place(model)
+    assert (predicted_embedding(model) - expected).abs().max() > 0.01
+    fast = model.backbone.vision_backbone.deployed_trunk.of(model.backbone.vision_backbone.trunk)
+    assert len(compiled) == 2 and compiled[1] is fast.model.backbone
+
+
+def test_without_a_compiler_the_model_runs_and_says_so_once(
+    model: Sam3Image, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = predicted_embedding(model)
+    compiled = compile_trunk(model, monkeypatch)
+    monkeypatch.setattr(deployment.shutil, "which", lambda name: None)
+    for _ in range(2):
+        torch.testing.assert_close(predicted_embedding(model), expected)
+    assert not compiled
+    assert [record.message for record in caplog.records if "no C++ compiler" in record.message] == [
+        "compile=True has no effect: no C++ compiler was found (g++, clang++ or CXX); running without it"
+    ]
 
 
 def test_a_model_is_copied_and_saved_without_the_fast_form(model: Sam3Image) -> None:

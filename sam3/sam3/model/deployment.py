@@ -8,7 +8,7 @@ What `optimize_for_deployment` does, and why (measured with `scripts/bench_stude
   (`sam3.backbones.strips`), with weights in oneDNN's layout and activations inside the convolutions
   (`sam3.backbones.packed`); the head's 3x3 convolution over 1024 channels, which is most of the work of the smallest
   student, is computed by Winograd's method with a quarter of the multiplications (`sam3.model.winograd`);
-- on request ``torch.compile`` instead of the CPU kernels, which takes tens of seconds at the first image.
+- on request ``torch.compile`` for the backbone, which takes tens of seconds at the first image.
 
 Names in the state dict are those of the folded student.
 """
@@ -55,8 +55,8 @@ def optimize_for_deployment(
         deployed = StudentTrunk(_deploy(module.model, channels_last, fuse, compile)).eval()
     elif isinstance(module, StudentEncoder):
         deployed = _deploy(module, channels_last, fuse, compile)
-    if compile:
-        deployed.compile(options={"freezing": True} if _runs_on_cpu(module) else None)
+    elif compile:
+        deployed.compile()
     return deployed
 
 
@@ -77,22 +77,24 @@ def _deploy(student: StudentEncoder, channels_last: bool, fuse: bool, compile: b
     deployed = copy.deepcopy(student).eval().requires_grad_(False)
     if fuse:
         deployed = fuse_for_inference(deployed)
-        if not compile and _runs_on_cpu(deployed) and _is_float32(deployed):
-            _use_cpu_kernels(deployed)
+        if _runs_on_cpu(deployed) and _is_float32(deployed):
+            _use_cpu_kernels(deployed, with_backbone=not compile)
     if channels_last:
         deployed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if compile:
+        deployed.backbone.compile(options={"freezing": True} if _runs_on_cpu(deployed) else None)
     return deployed
 
 
-def _use_cpu_kernels(student: StudentEncoder) -> None:
+def _use_cpu_kernels(student: StudentEncoder, with_backbone: bool) -> None:
     """Change a folded student, in place, to run with the kernels and in the order that are fastest on the CPU."""
     _use_winograd(student.head)
     if not has_packed_operations():
         return
     spec = student.backbone.spec
-    pack_layers(student, spec.activation_pairs)
+    pack_layers(student if with_backbone else student.head, spec.activation_pairs)
     join_activation(student.head, "0", "2")  # the BatchNorm between them is folded
-    if spec.strip_blocks is not None:
+    if with_backbone and spec.strip_blocks is not None:
         use_subclasses(student.backbone.model, spec.strip_blocks())
 
 
