@@ -180,7 +180,8 @@ def export_synthetic(
     keys = [f"sa_{number}" for number in range(num_images)]
     begin_export(directory, StoreSpec(teacher.config.embedding_shape), keys, 1, batch_size)
     plan = plan_rank(directory, keys)
-    with StopSignal() as stop, EmbeddingWriter(directory) as writer:
+    in_background = teacher.device.type != "cpu"
+    with StopSignal() as stop, EmbeddingWriter(directory, in_background=in_background) as writer:
         log = BadImageLog(None, 0)
         for counts in export_batches(teacher, batches, writer, plan.done_keys, log, stop, batch_size):
             watch(counts.num_images)

@@ -138,7 +138,7 @@ def export_rank(
     loader = build_export_loader(cfg, data, plan.batches)
     counts = ExportCounts()
     with (
-        EmbeddingWriter(directory, run.rank) as writer,
+        EmbeddingWriter(directory, run.rank, in_background=teacher.device.type != "cpu") as writer,
         ExportProgress(log, plan.num_missing, writer, run.world_size) as progress,
     ):
         args = (writer, plan.done_keys, bad_log, stop, cfg.DATA.BATCH_SIZE)

@@ -139,6 +139,16 @@ def test_a_wrong_shape_is_refused(tmp_path):
         out.put("k", 0, np.zeros((3, 4, 4), np.float16))
 
 
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_record_that_cannot_be_encoded_costs_none_before_it(tmp_path, in_background):
+    begin_export(tmp_path, make_spec(), ["a", "b", "c"])
+    rows = [make_embedding("a"), make_embedding("b"), np.zeros((3, 4, 4), np.float16)]
+    wrong = pytest.raises(StoreError, match=r"'c' has shape")
+    with wrong, EmbeddingWriter(tmp_path, in_background=in_background) as out:
+        out.put_batch(["a", "b", "c"], [1, 2, 3], rows)
+    assert list(EmbeddingStore(tmp_path).keys()) == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -230,23 +240,24 @@ class FullDisk:
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def put_all(directory: Path, batch_size: int) -> None:
+def put_all(directory: Path, batch_size: int, in_background: bool) -> None:
     """Export everything in batches; the writer puts a batch of small records on the disk as a group."""
     begin_export(directory, make_spec(), KEYS, batch_size=2)
-    with EmbeddingWriter(directory) as out:
+    with EmbeddingWriter(directory, in_background=in_background) as out:
         for start in range(0, len(KEYS), batch_size):
             keys = KEYS[start : start + batch_size]
             out.put_batch(keys, [make_seed(key) for key in keys], np.stack([make_embedding(key) for key in keys]))
 
 
+@pytest.mark.parametrize("in_background", [True, False])
 @pytest.mark.parametrize("batch_size", [1, 4, len(KEYS)])
 @pytest.mark.parametrize("num_bytes", [0, 60, RECORD * 3 + 40, RECORD * 3 + 65, RECORD * 6 + 120])
-def test_a_full_disk_loses_nothing_and_resumes(tmp_path, monkeypatch, num_bytes, batch_size):
+def test_a_full_disk_loses_nothing_and_resumes(tmp_path, monkeypatch, num_bytes, batch_size, in_background):
     """Wherever the last byte falls: values, key or index entry; what was whole stays whole."""
     make_store(tmp_path / "whole")
     with monkeypatch.context() as patched, pytest.raises(StoreError) as info:
         patched.setattr(rank_appender, "write_all", FullDisk(tmp_path / "full", num_bytes))
-        put_all(tmp_path / "full", batch_size)
+        put_all(tmp_path / "full", batch_size, in_background)
     assert_one_line(info.value, "rank0-values.bin: the disk is full", "bytes free", "run the same command again")
     kept = len(EmbeddingStore(tmp_path / "full"))
     assert kept == num_bytes // (RECORD + 16 + 5)
@@ -356,7 +367,8 @@ def test_a_lone_record_is_synced_after_a_while():
         assert files.seen == [1]
 
 
-def test_a_sync_that_fails_ends_the_export(tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_background", [True, False])
+def test_a_sync_that_fails_ends_the_export(tmp_path, monkeypatch, in_background):
     """Some file systems report a full disk only when they are told to sync."""
 
     def fail(fd):
@@ -365,16 +377,17 @@ def test_a_sync_that_fails_ends_the_export(tmp_path, monkeypatch):
     begin_export(tmp_path, make_spec(), KEYS)
     with monkeypatch.context() as patched, pytest.raises(StoreError, match="the disk is full"):
         patched.setattr(rank_appender, "sync_data", fail)
-        with EmbeddingWriter(tmp_path, sync_every=2) as out:
+        with EmbeddingWriter(tmp_path, sync_every=2, in_background=in_background) as out:
             for key in KEYS:
                 out.put(key, 0, make_embedding(key))
 
 
+@pytest.mark.parametrize("in_background", [True, False])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 70000.0])
-def test_values_that_are_not_finite_are_quarantined(tmp_path, bad):
+def test_values_that_are_not_finite_are_quarantined(tmp_path, bad, in_background):
     """D-20: an overflow is counted and named, never stored; training skips the key too."""
     begin_export(tmp_path, make_spec(), KEYS[:3])
-    with EmbeddingWriter(tmp_path) as out:
+    with EmbeddingWriter(tmp_path, in_background=in_background) as out:
         embedding = torch.ones(1, 3, 2, 4)
         out.put_batch(KEYS[:1], [1], embedding)
         embedding = embedding.clone()
@@ -395,10 +408,11 @@ def test_values_that_are_not_finite_are_quarantined(tmp_path, bad):
     assert not verify_store(tmp_path).problems
 
 
-def test_an_interruption_writes_what_is_queued(tmp_path):
+@pytest.mark.parametrize("in_background", [True, False])
+def test_an_interruption_writes_what_is_queued(tmp_path, in_background):
     """D-30: a context manager and no destructor; leaving it for whatever reason ends the thread and keeps the work."""
     begin_export(tmp_path, make_spec(), KEYS)
-    with pytest.raises(KeyboardInterrupt), EmbeddingWriter(tmp_path) as out:
+    with pytest.raises(KeyboardInterrupt), EmbeddingWriter(tmp_path, in_background=in_background) as out:
         for key in KEYS[:4]:
             out.put(key, 0, make_embedding(key))
         raise KeyboardInterrupt

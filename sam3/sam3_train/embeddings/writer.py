@@ -1,5 +1,8 @@
 """Appending to a store: bounded queues in front of two threads, one that encodes and checks, one that writes.
 
+Where the caller computes on the CPU itself, both are better done in its own thread: a thread that is pushed from its
+core for a millisecond holds up all others of the same matrix product.
+
 Back-pressure: `EmbeddingWriter.put_batch` blocks while the queue is full, so host memory is bounded whatever the disk
 does. Durability: a third thread syncs the files after ``sync_every`` records or ``sync_seconds``, whichever comes
 first, while more records are written. A killed process loses nothing that was written (the operating system has it); a
@@ -17,8 +20,9 @@ import shutil
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -57,6 +61,9 @@ class _Quarantine:
     reason: str
 
 
+_Piece = list[Record] | _Quarantine | Callable[[], None]
+
+
 @dataclass
 class WriterStats:
     """Counts of one writer since it was opened; read from another thread for a progress line."""
@@ -78,6 +85,7 @@ class EmbeddingWriter:
         max_queued: Batches that may wait; one more `put_batch` blocks.
         sync_every: Records after which a sync begins, at most 64 (what a resume checks).
         sync_seconds: Longest time between syncs while records arrive.
+        in_background: Encode and write in threads, while the caller's device computes. False: in the calling thread.
 
     Raises:
         StoreError: If the store was not prepared, or another process writes this rank.
@@ -90,6 +98,7 @@ class EmbeddingWriter:
         max_queued: int = 4,
         sync_every: int = 16,
         sync_seconds: float = 30.0,
+        in_background: bool = True,
     ) -> None:
         self.paths = RankPaths(Path(directory), rank)
         info = read_store_info(self.paths.directory)
@@ -101,16 +110,20 @@ class EmbeddingWriter:
         self.stats = WriterStats()
         self.sync_every = sync_every
         self.sync_seconds = sync_seconds
+        self.in_background = in_background
         self._batches: queue.Queue[_Batch | _Quarantine | None] = queue.Queue(max_queued)
-        self._groups: queue.Queue[list[Record] | _Quarantine | Callable[[], None] | None] = queue.Queue(GROUPS_AHEAD)
+        self._groups: queue.Queue[_Piece | None] = queue.Queue(GROUPS_AHEAD)
         self._error: BaseException | None = None
         self._files: RankAppender | None = None
+        self._sync: BackgroundSync | None = None
         self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> EmbeddingWriter:
         recover_rank(self.paths, self.info.spec, self.info.export_id)
         self._files = RankAppender(self.paths, self.info)
-        for stage in (self._encode_all, self._write_all):
+        self._sync = BackgroundSync(self._files, self.sync_every, self.sync_seconds)
+        self._sync.__enter__()
+        for stage in (self._encode_all, self._write_all) if self.in_background else ():
             thread = threading.Thread(target=self._run_stage, args=(stage,), name="embedding-writer", daemon=True)
             self._threads.append(thread)
             thread.start()
@@ -124,11 +137,14 @@ class EmbeddingWriter:
         Raises:
             StoreError: What stopped the thread; also in place of an error of the body, which has then not been saved.
         """
-        assert self._files is not None
-        with contextlib.suppress(StoreError):  # raised again below
-            self._hand_over(self._batches, None)
+        assert self._files is not None and self._sync is not None
+        if self._threads:
+            with contextlib.suppress(StoreError):  # raised again below
+                self._hand_over(self._batches, None)
         for thread in self._threads:
             thread.join()
+        self._run_stage(partial(self._sync.__exit__, None))
+        self.stats.sync_seconds = self._sync.sync_seconds
         self._files.close()
         if self._error is not None and self._error is not error:
             raise self._error from error
@@ -177,12 +193,21 @@ class EmbeddingWriter:
             raise self._error
 
     def _queue_up(self, item: _Batch | _Quarantine) -> None:
-        if not self._threads:
+        if self._sync is None:
             raise RuntimeError("EmbeddingWriter is a context manager: use it in a with statement")
         start = time.perf_counter()
-        self._hand_over(self._batches, item)
+        if self.in_background:
+            self._hand_over(self._batches, item)
+        else:
+            self.raise_error()
+            self._run_stage(partial(self._do_now, item))
+            self.raise_error()
         self.stats.blocked_seconds += time.perf_counter() - start
         self.stats.max_queue_depth = max(self.stats.max_queue_depth, self._batches.qsize())
+
+    def _do_now(self, item: _Batch | _Quarantine) -> None:
+        for piece in self._pieces(item):
+            self._append(piece)
 
     def _hand_over(self, target: queue.Queue[Any], item: Any) -> None:
         """Put an item, waiting for room unless a thread has failed."""
@@ -214,40 +239,41 @@ class EmbeddingWriter:
     def _encode_all(self) -> None:
         try:
             while (item := self._take(self._batches)) is not None:
-                if isinstance(item, _Quarantine):
-                    self._hand_over(self._groups, item)
-                    continue
-                if item.wait_ready is not None:
-                    item.wait_ready()
-                self._encode_batch(item)
-                if item.release is not None:
-                    self._hand_over(self._groups, item.release)
+                for piece in self._pieces(item):
+                    self._hand_over(self._groups, piece)
         finally:
             # After an error too, so that what was encoded before is written and synced.
             with contextlib.suppress(StoreError):
                 self._hand_over(self._groups, None)
 
-    def _encode_batch(self, batch: _Batch) -> None:
-        """Hand a batch over, in groups."""
+    def _pieces(self, item: _Batch | _Quarantine) -> Iterator[_Piece]:
+        """What is to be done for an item, in order: groups of records, quarantined keys, and freeing its memory."""
+        if isinstance(item, _Quarantine):
+            yield item
+            return
+        if item.wait_ready is not None:
+            item.wait_ready()
         group: list[Record] = []
-        try:
-            for position, (key, seed) in enumerate(zip(batch.keys, batch.seeds, strict=True)):
-                encoded = self._encode(key, seed, batch.embeddings[position])
-                if isinstance(encoded, Record):
-                    group.append(encoded)
-                    if len(group) < min(GROUP_RECORDS, self.sync_every) and sum(map(len, group)) < GROUP_BYTES:
-                        continue
-                group = self._hand_over_group(group)
-                if isinstance(encoded, _Quarantine):
-                    self._hand_over(self._groups, encoded)
-        finally:
-            self._hand_over_group(group)  # what was encoded before an error is valid work
-
-    def _hand_over_group(self, group: list[Record]) -> list[Record]:
-        """Pass a group on; returns an empty one."""
+        for position, (key, seed) in enumerate(zip(item.keys, item.seeds, strict=True)):
+            try:
+                encoded = self._encode(key, seed, item.embeddings[position])
+            except StoreError:
+                if group:
+                    yield group  # what was encoded before is valid work
+                raise
+            if isinstance(encoded, Record):
+                group.append(encoded)
+                if len(group) < min(GROUP_RECORDS, self.sync_every) and sum(map(len, group)) < GROUP_BYTES:
+                    continue
+            if group:
+                yield group
+                group = []
+            if isinstance(encoded, _Quarantine):
+                yield encoded
         if group:
-            self._hand_over(self._groups, group)
-        return []
+            yield group
+        if item.release is not None:
+            yield item.release
 
     def _encode(self, key: str, seed: int, embedding_chw: Any) -> Record | _Quarantine:
         embedding = _to_float16(embedding_chw)
@@ -264,23 +290,24 @@ class EmbeddingWriter:
         return Record(key, seed_bytes, payload, crc32(payload, crc32(seed_bytes)))
 
     def _write_all(self) -> None:
-        assert self._files is not None
-        with BackgroundSync(self._files, self.sync_every, self.sync_seconds) as sync:
-            while (item := self._take(self._groups)) is not None:
-                if isinstance(item, list):
-                    sync.wait_for_room(len(item))
-                    self._files.append(item)
-                    sync.note_append(len(item))
-                    self.stats.num_written += len(item)
-                    self.stats.num_bytes += sum(map(len, item))
-                elif isinstance(item, _Quarantine):
-                    sync.wait_for_room(1)
-                    self._files.append_quarantine(item.key, item.reason)
-                    sync.note_append()
-                    self.stats.num_quarantined += 1
-                else:
-                    item()
-        self.stats.sync_seconds = sync.sync_seconds
+        while (piece := self._take(self._groups)) is not None:
+            self._append(piece)
+
+    def _append(self, piece: _Piece) -> None:
+        assert self._files is not None and self._sync is not None
+        if isinstance(piece, list):
+            self._sync.wait_for_room(len(piece))
+            self._files.append(piece)
+            self._sync.note_append(len(piece))
+            self.stats.num_written += len(piece)
+            self.stats.num_bytes += sum(map(len, piece))
+        elif isinstance(piece, _Quarantine):
+            self._sync.wait_for_room(1)
+            self._files.append_quarantine(piece.key, piece.reason)
+            self._sync.note_append()
+            self.stats.num_quarantined += 1
+        else:
+            piece()
 
 
 def _to_float16(embedding_chw: Any) -> np.ndarray:
