@@ -296,6 +296,29 @@ def test_mlp_and_bias_inputs_ignore_autocast(decoder: TransformerDecoder) -> Non
         assert torch.equal(log_offsets(torch.tensor([0.2, 0.4]), 72), offsets)
 
 
+@torch.no_grad()
+def test_the_float32_mlp_compiles_into_one_graph(decoder: TransformerDecoder) -> None:
+    layer, x = decoder.layers[0], make_inputs().tokens
+    compiled = torch.compile(layer._mlp, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(compiled(x), layer._mlp(x))
+
+
+def test_training_under_autocast_with_checkpointing(decoder: TransformerDecoder) -> None:
+    """Recomputed layers see the autocast state of the forward pass: the gradients are those without checkpointing."""
+    gradients = []
+    for use_checkpointing in (False, True):
+        model = copy_of(decoder, use_checkpointing=use_checkpointing).train()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = run(model, make_inputs())
+            loss = out.hs.square().mean() + out.boxes.square().mean() + out.presence_logits.square().mean()
+        loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, recomputed in zip(*gradients, strict=True):
+        assert torch.isfinite(plain).all()
+        torch.testing.assert_close(recomputed, plain)
+
+
 def test_initialisation() -> None:
     torch.manual_seed(0)
     wrapper = TransformerWrapper(TransformerEncoderFusion(ENCODER, DIM), TransformerDecoder(DECODER, DIM))

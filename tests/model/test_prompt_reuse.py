@@ -133,6 +133,17 @@ def test_few_images_are_kept_and_none_in_a_copy(encoder: TransformerEncoderFusio
     assert not encoder.to(torch.bfloat16)._starts
 
 
+@torch.no_grad()
+def test_nothing_is_kept_while_compiling(
+    encoder: TransformerEncoderFusion, decoder: PixelDecoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph cannot hold it."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    encode(encoder, make_inputs())
+    assert not encoder._starts
+    assert not decoder.reuses_images(*maps())
+
+
 # --- pixel decoder ----------------------------------------------------------------------------------------------------
 
 

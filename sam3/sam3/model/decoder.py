@@ -57,7 +57,7 @@ def log_offsets(edges: Tensor, size: int) -> Tensor:
 
 
 def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if torch.amp.is_autocast_available(device_type):
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):  # the latter is not traceable
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
