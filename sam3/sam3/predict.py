@@ -214,6 +214,8 @@ def _find_images(paths: list[Path], output: Path, problems: list[str]) -> list[t
 
 def _check_model(model: Sam3Image, args: argparse.Namespace) -> None:
     """Refuse before the first image what no image can repair."""
+    from sam3.checkpoint_parts import POINT_PROMPTS
+
     if args.interactive and model.inst_interactive_predictor is None:
         raise CommandError(f"{args.checkpoint}: holds no SAM heads, which --interactive needs")
     if not args.interactive and not model.has_detector:
@@ -223,6 +225,11 @@ def _check_model(model: Sam3Image, args: argparse.Namespace) -> None:
         )
     if not args.interactive and model.backbone.language_backbone is None:
         raise CommandError(f"{args.checkpoint}: holds no text encoder, which the detector needs")
+    if args.point and not args.interactive and POINT_PROMPTS in model.missing_parts:
+        raise CommandError(
+            f"{args.checkpoint}: holds no weights for --point without --interactive: files in Hugging Face's layout "
+            "lack them. Use --box, or the released file"
+        )
 
 
 def _default(value: Any, default: Any) -> Any:

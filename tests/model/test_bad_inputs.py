@@ -19,6 +19,7 @@ from golden import fill
 from PIL import Image
 
 import sam3
+from sam3.checkpoint_parts import POINT_PROMPTS
 from sam3.image_input import ImageInputError, open_image
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.sam3_image_processor import Sam3Processor
@@ -204,6 +205,11 @@ REFUSED: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     ),
     "point of infinity": (lambda w: w.point([np.inf, 0.5]), PromptError, "point holds values that are not finite"),
     "point with a box's label": (lambda w: w.point([0.5, 0.5], 3), PromptError, "label 3 of a point"),
+    "point on a model from Hugging Face's layout": (
+        lambda w: _without_points(w).add_point_prompt([0.5, 0.5], 1, w.state),
+        PromptError,
+        "point prompts of the detector",
+    ),
     # order, device, settings
     "text before an image": (
         lambda w: w.processor.set_text_prompt("x", {}),
@@ -251,6 +257,13 @@ REFUSED: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
 
 def _with(model: Sam3Image) -> Sam3Processor:
     """A processor of another model; the state of the first fits, because the images' features have the same shapes."""
+    return Sam3Processor(model)
+
+
+def _without_points(world: World) -> Sam3Processor:
+    """As after loading a file in Hugging Face's layout, which lacks the projections of points."""
+    model = world.build()
+    model.missing_parts = (POINT_PROMPTS,)
     return Sam3Processor(model)
 
 

@@ -12,6 +12,7 @@ from golden import fill
 from PIL import Image
 
 import sam3.prediction
+from sam3.checkpoint_parts import POINT_PROMPTS
 from sam3.coco_rle import decode_mask
 from sam3.drawing import draw_overlay, index_image, object_color
 from sam3.image_input import open_image
@@ -210,15 +211,21 @@ def test_what_cannot_work_is_said_before_a_model_is_loaded(
         assert message in err
 
 
-def test_a_checkpoint_without_the_needed_part_is_refused(photos, tmp_path, capsys) -> None:
+def test_a_checkpoint_without_the_needed_part_is_refused(photos, tmp_path, capsys, monkeypatch) -> None:
     path = tmp_path / "heads.pt"
     options = {"load_from_HF": False, "config": "tiny", "device": "cpu"}
     heads = build_sam3_image_model(enable_detector=False, enable_inst_interactivity=True, **options)
     torch.save({"model": to_released(heads.state_dict(), heads.config)}, path)
+    hf_model = build_sam3_image_model(**options)
+    hf_model.missing_parts = (POINT_PROMPTS,)
     command = ["--checkpoint", str(path), "--image", str(photos / "a.png"), "--output", str(tmp_path / "out")]
     assert main([*command, "--text", "x"]) == 2
     assert "heads.pt: holds no detector" in capsys.readouterr().err
     assert main([*command, "--point", "3,4", "--interactive"]) == 0
+    monkeypatch.setattr("sam3.loading.load_model", lambda *args, **kwargs: hf_model)
+    assert main([*command, "--point", "3,4"]) == 2
+    assert "heads.pt: holds no weights for --point without --interactive" in capsys.readouterr().err
+    monkeypatch.undo()
     assert main([*command[:1], str(tmp_path / "nothing.pt"), *command[2:], "--text", "x"]) == 2
     assert "nothing.pt" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ Boxes may reach over the edge of the image; what lies beside it altogether is a 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,10 @@ import torch
 from torch import Tensor
 
 from sam3.model.prompt import Prompt
+from sam3.model.tokenizer import PADDING_ID, SimpleTokenizer
 from sam3.sam.prompts import PromptError, to_array
+
+_LOG = logging.getLogger(__name__)
 
 BOX_FORMATS = ("cxcywh", "xyxy_px", "xywh_px")
 """Centre and size as fractions of the image; corners in pixels; corner and size in pixels."""
@@ -41,6 +45,19 @@ def parse_texts(prompt: Any) -> list[str]:
                 "leave the text out"
             )
     return list(texts)
+
+
+def warn_of_cut_texts(texts: Sequence[str], tokenizer: SimpleTokenizer) -> None:
+    """Log a warning for each text that the model reads only the beginning of, as the released model does in silence."""
+    length = tokenizer.context_length
+    is_cut = tokenizer(texts, context_length=length + 1)[:, -1] != PADDING_ID
+    for text, cut in zip(texts, is_cut.tolist(), strict=True):
+        if cut:
+            _LOG.warning(
+                "the text prompt %r... is too long: the model reads its first %d tokens and nothing after them",
+                text[:40],
+                length - 2,
+            )
 
 
 def parse_boxes(boxes: Any, original_hw: tuple[int, int], box_format: str = "cxcywh") -> Tensor:

@@ -8,7 +8,6 @@ images, ``mask_logits``, and ``raw_outputs``, from which results are filtered ag
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ from sam3.model.detector_prompts import (
     parse_texts,
     rows_of_one_image,
     select_rows,
+    warn_of_cut_texts,
 )
 from sam3.model.processor_state import (
     IMAGE_KEYS,
@@ -41,7 +41,6 @@ from sam3.model.prompt import Prompt
 from sam3.model.sam3_image import Sam3Image
 from sam3.sam.prompts import PromptError
 
-_LOG = logging.getLogger(__name__)
 VISUAL_TEXT = "visual"
 """The text that stands in where boxes or points alone say what to find."""
 
@@ -302,7 +301,8 @@ class Sam3Processor:
         if texts is None and "language_features" not in backbone_out:
             texts = [VISUAL_TEXT]
         if texts is not None:
-            self._warn_of_cut_texts(texts)
+            if self.model.backbone.language_backbone is not None:
+                warn_of_cut_texts(texts, self.model.backbone.language_backbone.tokenizer)
             backbone_out |= self.model.backbone.forward_text(texts, device=self.device)
         geometry = self._geometry(state) if geometry is None else geometry
         num_texts = backbone_out["language_features"].shape[1]
@@ -357,20 +357,6 @@ class Sam3Processor:
                 "the model is in training mode, where dropout changes its results and images its statistics: call "
                 "model.eval()"
             )
-
-    def _warn_of_cut_texts(self, texts: Sequence[str]) -> None:
-        encoder = self.model.backbone.language_backbone
-        if encoder is None:
-            return
-        length = encoder.tokenizer.context_length
-        is_cut = encoder.tokenizer(texts, context_length=length + 1)[:, -1] != 0
-        for text, cut in zip(texts, is_cut.tolist(), strict=True):
-            if cut:
-                _LOG.warning(
-                    "the text prompt %r... is too long: the model reads its first %d tokens and nothing after them",
-                    text[:40],
-                    length - 2,
-                )
 
     def _geometry(self, state: State, is_empty: bool = False) -> Prompt:
         """A copy of the state's boxes and points, one row per image."""
