@@ -129,6 +129,17 @@ def test_several_stages_belong_to_video() -> None:
         build_sam3_image_model(**FRESH)(data)
 
 
+def test_different_numbers_of_prompts_are_refused() -> None:
+    model = build_sam3_image_model(**FRESH)
+    with torch.no_grad():
+        backbone_out = model.backbone.forward_image(image()) | model.backbone.forward_text(["red circle"])
+        with pytest.raises(ValueError, match="'img_ids': 2, 'text_ids': 1"):
+            model.forward_grounding(backbone_out, FindStage.of([0, 0], [0]))
+        with pytest.raises(ValueError, match="'text_ids': 2, 'boxes': 1, 'points': 1"):
+            stage, prompt = FindStage.of([0, 0], [0, 0]), model._get_dummy_prompt(1)
+            model.forward_grounding(backbone_out, stage, geometric_prompt=prompt)
+
+
 def test_images_can_be_encoded_when_a_prompt_needs_them() -> None:
     model = build_sam3_image_model(**FRESH)
     images = table("input.image", (3, 3, TINY.image_size_px, TINY.image_size_px))

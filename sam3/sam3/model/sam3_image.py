@@ -156,9 +156,12 @@ class Sam3Image(nn.Module):
             training also ``aux_outputs``, keys with the suffix ``_o2m``, and ``indices`` if there is a matcher.
 
         Raises:
-            ValueError: If the model has no detector, or ``backbone_out`` lacks images or texts.
+            ValueError: If the model has no detector, ``backbone_out`` lacks images or texts, or the numbers of prompts
+                differ.
         """
         transformer, scoring = self._require_detector()
+        geometric_prompt = geometric_prompt or self._get_dummy_prompt(len(find_input.img_ids))
+        _require_same_count(find_input, geometric_prompt)
         image_ids = self._require_images(backbone_out, find_input.img_ids)
         maps = backbone_out["backbone_fpn"]
         size_hw = (maps[-1].shape[-2], maps[-1].shape[-1])
@@ -217,7 +220,7 @@ class Sam3Image(nn.Module):
         self,
         backbone_out: Mapping[str, Any],
         text_ids: Tensor,
-        geometric_prompt: Prompt | None,
+        geometric_prompt: Prompt,
         tokens: Tensor,
         positions: Tensor,
         size_hw: tuple[int, int],
@@ -229,7 +232,6 @@ class Sam3Image(nn.Module):
                 "from you if the model has no text encoder"
             )
         assert self.geometry_encoder is not None
-        geometric_prompt = geometric_prompt or self._get_dummy_prompt(len(text_ids))
         geo_tokens, geo_mask = self.geometry_encoder(geometric_prompt, [tokens], [size_hw], [positions])
         text_tokens = backbone_out["language_features"][:, text_ids]
         text_mask = backbone_out["language_mask"][text_ids]
@@ -330,6 +332,15 @@ class Sam3Image(nn.Module):
     @torch.no_grad()
     def _predictor_features(self, images: Tensor) -> SamFeatures:
         return self.image_features(images)
+
+
+def _require_same_count(find_input: FindStage, prompt: Prompt) -> None:
+    counts = {"img_ids": len(find_input.img_ids), "text_ids": len(find_input.text_ids)}
+    for what, embeddings in (("boxes", prompt.box_embeddings), ("points", prompt.point_embeddings)):
+        if embeddings is not None:
+            counts[what] = embeddings.shape[1]
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"numbers of prompts differ: {counts}")
 
 
 def _describe_encoder_output(encoded: EncoderOutput, prompt_mask: Tensor) -> dict[str, Any]:
