@@ -4,10 +4,9 @@
     python scripts/bench_export.py --images 10000     # the memory of a long export alone
 
 Both sides of a comparison run the same teacher with the same threads on the same images, which are in memory before it
-starts. On the CPU the loop's own threads (one checks records, one writes them, one syncs) compete with the forward for
-the cores, so it is measured with a thread per core, and with one core left free. A teacher that takes milliseconds per
-image, which nobody exports, shows the loop at its worst; the stand-in, one block of the real size at 1008 px, makes
-records of the real size.
+starts. On the CPU checking, writing and syncing take time from the forward's cores, so it is measured with a thread per
+core, and with one core left free. A teacher that takes milliseconds per image, which nobody exports, shows the loop at
+its worst; the stand-in, one block of the real size at 1008 px, makes records of the real size.
 """
 
 from __future__ import annotations

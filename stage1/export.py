@@ -2,7 +2,7 @@
 
 Four things run at once: loader workers decode, the device computes, a copy stream brings features to the host, and the
 writer thread encodes, checks and writes. Each hands over through a bounded queue, so memory is flat and the slowest of
-them sets the pace.
+them sets the pace. On the CPU the teacher has all cores, and this thread does what comes after it.
 """
 
 from __future__ import annotations
