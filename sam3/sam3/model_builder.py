@@ -11,6 +11,7 @@ from torch import nn
 from sam3.checkpoint_io import CheckpointError, read_checkpoint, read_state_dict, sha256_file
 from sam3.config import Sam3Config, StudentConfig
 from sam3.hub import download_ckpt_from_hf
+from sam3.model.building import building_on
 from sam3.model.decoder import TransformerDecoder, TransformerWrapper
 from sam3.model.fusion_encoder import TransformerEncoderFusion
 from sam3.model.geometry import SequenceGeometryEncoder
@@ -83,9 +84,9 @@ def assemble_image_model(
     """
     device = torch.device(device or "cpu")
     trunk_device = torch.device("cpu") if device.type == "meta" and config.student is not None else device
-    with trunk_device:
+    with building_on(trunk_device):
         trunk = build_trunk(config)
-    with device:
+    with building_on(device):
         neck = Sam3DualViTDetNeck(trunk, config, add_sam2_neck=enable_inst_interactivity)
         heads = SamHeads(config) if enable_inst_interactivity else None
         text = VETextEncoder(config.text, config.hidden_dim) if enable_detector and enable_text_encoder else None
@@ -306,7 +307,7 @@ def build_sam3_trunk(
     """
     config = Sam3Config.preset(config) if isinstance(config, str) else config
     path = _weights_path(checkpoint_path, load_from_HF, config)
-    with torch.device("meta" if path is not None and config.student is None else "cpu"):
+    with building_on(torch.device("meta" if path is not None and config.student is None else "cpu")):
         trunk = build_trunk(config)
     if path is not None:
         state_dict, _ = read_state_dict(path)

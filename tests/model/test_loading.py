@@ -340,5 +340,9 @@ after = (torch.backends.cuda.matmul.allow_tf32, torch.get_default_dtype(), torch
          torch.is_autocast_enabled(), len(logging.root.handlers), dict(os.environ), torch.is_grad_enabled())
 assert before == after, (before, after)
 assert not {"transformers", "timm", "scipy", "pycocotools", "cv2"} & set(sys.modules)
+from sam3.model_builder import assemble_image_model
+model = assemble_image_model(sam3.Sam3Config.preset("tiny"), enable_inst_interactivity=True, device="meta")
+assert all(tensor.is_meta for tensor in model.state_dict().values())
+assert "torch._dynamo" not in sys.modules, "importing torch's compiler takes longer than loading a model"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -111,6 +111,8 @@ class Attention(nn.Module):
 
     def released_table(self, device: torch.device | None = None) -> Tensor:
         """The table as released checkpoints store it under ``freqs_cis``."""
+        if device is not None and device.type == "meta":  # nothing to compute
+            return torch.empty(self.table_side**2, self.head_dim // 2, dtype=torch.complex64, device=device)
         return rotary_table(self.head_dim, (self.table_side,) * 2, self.table_scale, self.theta, device)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
