@@ -297,6 +297,16 @@ def test_mlp_and_bias_inputs_ignore_autocast(decoder: TransformerDecoder) -> Non
 
 
 @torch.no_grad()
+def test_mlp_of_bf16_weights_is_computed_in_float32() -> None:
+    layer, x = build(TransformerDecoder).to(torch.bfloat16).layers[0], make_inputs().tokens.bfloat16()
+    up, down = layer.linear1, layer.linear2
+    hidden = (x.double() @ up.weight.double().T + up.bias.double()).relu()
+    expected = (hidden @ down.weight.double().T + down.bias.double()).bfloat16()  # rounded once, at the end
+    assert (layer._mlp(x) != expected).float().mean() < 1e-3
+    assert layer._mlp(x).dtype == torch.bfloat16
+
+
+@torch.no_grad()
 def test_the_float32_mlp_compiles_into_one_graph(decoder: TransformerDecoder) -> None:
     layer, x = decoder.layers[0], make_inputs().tokens
     compiled = torch.compile(layer._mlp, backend="eager", fullgraph=True)
