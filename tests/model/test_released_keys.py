@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sam3.config import Sam3Config
+from sam3.model.data_misc import FindStage
 from sam3.model.sam3_image import Sam3Image
 from sam3.model_builder import assemble_image_model, build_trunk
 from sam3.released_counts import COMPONENTS, TOTAL
@@ -116,6 +117,22 @@ def test_shapes_of_features_at_1008_px(released_model: Sam3Image) -> None:
         assert [tuple(m.shape) for m in result["backbone_fpn"]] == sides
         assert tuple(result["vision_features"].shape) == sides[-1]
         assert tuple(result["vision_pos_enc"][2].shape) == sides[-1]
+
+
+def test_shapes_of_results_at_1008_px(released_model: Sam3Image) -> None:
+    with torch.no_grad(), torch.device("meta"):
+        backbone_out = released_model.backbone.forward_image(torch.empty(1, 3, 1008, 1008))
+        text = {"language_features": torch.empty(32, 2, 256), "language_mask": torch.zeros(2, 32, dtype=torch.bool)}
+        out = released_model.eval().forward_grounding(backbone_out | text, FindStage.of([0, 0], [0, 1]))
+    expected = {
+        "pred_logits": (2, 200, 1),
+        "pred_boxes": (2, 200, 4),
+        "presence_logit_dec": (2, 1),
+        "pred_masks": (2, 200, 288, 288),
+        "semantic_seg": (2, 1, 288, 288),
+        "encoder_hidden_states": (5184, 2, 256),
+    }
+    assert {key: tuple(out[key].shape) for key in expected} == expected
 
 
 def test_released_names_and_back(released_model: Sam3Image) -> None:
