@@ -1,0 +1,203 @@
+"""Train the detector side of the tiny teacher: text, geometry encoder, fusion, decoder, scores and masks.
+
+    python -m sam3_train.torchrun --nproc_per_node 2 data/demo/train_tiny_detector.py --device cpu --batch-size 2
+    python data/demo/train_tiny_detector.py --device cuda --batch-size 16 --opts DATA.NUM_WORKERS 8
+    python data/demo/train_tiny_detector.py --export-only                  # only write the weights of the newest run
+
+The image trunk and the SAM heads come from ``--pretrained`` (default: the shipped tiny teacher, made by
+``train_tiny_teacher.py``) and stay as they are, bit for bit. The same command again resumes. The result is written
+back to ``data/demo/tiny_teacher.safetensors``; ``tiny_teacher.json`` gains what was measured on held-out scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from train_tiny_teacher import TRAINING_NOTE, WEIGHTS, note_training
+from yacs.config import CfgNode
+
+from sam3_train.config import add_common_args, apply_flags, load_config, training_defaults
+from sam3_train.errors import UserError, run_cli
+from sam3_train.run_record import package_versions
+
+SCRIPT = "data/demo/train_tiny_detector.py"
+PROMPTABLE_PARTS = (
+    "backbone.vision_backbone.trunk.",
+    "backbone.vision_backbone.sam2_convs.",
+    "inst_interactive_predictor.",
+)
+"""Where the weights that are kept live in the model."""
+
+
+def get_defaults() -> CfgNode:
+    """The recipe: what made the shipped weights."""
+    cfg = training_defaults()
+    cfg.OUTPUT = "output/demo/teacher_detector"
+    cfg.SAVE_FREQ = 1
+    cfg.PRINT_FREQ = 25
+    cfg.DATA = CfgNode({"BATCH_SIZE": 4, "TRAIN_SCENES": 4500, "VAL_SCENES": 120, "NUM_WORKERS": 2})
+    cfg.MODEL = CfgNode({"PRETRAINED": str(WEIGHTS)})
+    cfg.PROMPTS = CfgNode({"PER_IMAGE": 4, "ONE_TO_MANY": 3, "HINT_EPOCHS": 0.5})
+    train = cfg.TRAIN
+    train.EPOCHS = 3
+    train.BASE_LR, train.MIN_LR, train.WARMUP_LR = 1.5e-3, 1e-5, 1e-5
+    train.WARMUP_EPOCHS = 0.05
+    train.OPTIMIZER.BETAS = [0.9, 0.98]
+    train.WEIGHT_DECAY = 0.01
+    train.CLIP_GRAD = 1.0
+    train.EMA_DECAY = 0.998
+    train.SAVE_EVERY_MINUTES = 5.0
+    train.FIND_UNUSED_PARAMETERS = True  # not every batch has a point or a box among its prompts
+    return cfg
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+    )
+    add_common_args(parser, cfg_required=False)
+    parser.add_argument(
+        "--export-only", action="store_true", help="write the weights of the newest checkpoint and stop"
+    )
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE", help="where the weights go")
+    parser.add_argument("--test-scenes", type=int, default=60, metavar="N", help="held-out scenes in the record")
+    return parser
+
+
+def _main(argv: list[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    cfg = load_config(get_defaults(), args.cfg, args.opts or [])
+    apply_flags(cfg, args)
+    pretrained = Path(cfg.MODEL.PRETRAINED)
+    # torch is imported only once the flags are right.
+    from sam3_train.distributed import training_run
+
+    with training_run(args.device) as run:
+        if not args.export_only:
+            started = time.time()
+            _train(cfg, run, args, pretrained)
+            if run.is_main and not args.dry_run:
+                note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, SCRIPT, time.time() - started, run)
+        if run.is_main and not args.dry_run:
+            _export(cfg, args, pretrained)
+    return 0
+
+
+def build_model(pretrained: Path, seed: int) -> Any:
+    """The whole tiny model: trunk and SAM heads from a file, the detector fresh."""
+    from sam3 import load_model
+    from sam3.config import Sam3Config
+    from sam3.model_builder import build_sam3_image_model
+    from sam3_train.rng import seed_everything
+
+    seed_everything(seed)
+    config = Sam3Config.preset("tiny")
+    model = build_sam3_image_model(
+        load_from_HF=False,
+        device="cpu",
+        eval_mode=False,
+        enable_inst_interactivity=True,
+        enable_detector=True,
+        config=config,
+    )
+    trained = load_model(pretrained, device="cpu")
+    if trained.config.trunk != config.trunk or trained.config.student is not None:
+        raise UserError(f"--pretrained {pretrained}: holds {trained.config.name!r}, not the tiny teacher")
+    kept = {name: value for name, value in trained.state_dict().items() if name.startswith(PROMPTABLE_PARTS)}
+    model.load_state_dict(model.state_dict() | kept)
+    return model
+
+
+def _train(cfg: CfgNode, run: Any, args: argparse.Namespace, pretrained: Path) -> None:
+    from teacher_data import PoolSpec, ScenePool, build_pool
+    from teacher_detector import DetectorTask, init_for_training
+    from torch.utils.data import DataLoader
+
+    from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler
+    from sam3_train.distributed import barrier
+    from sam3_train.loop import fit
+
+    model = build_model(pretrained, cfg.SEED)
+    output = Path(cfg.OUTPUT)
+    pools = {
+        split: (output / f"pool_{split}", PoolSpec.for_model(model.config, split, count, cfg.SEED, "alike"))
+        for split, count in (("train", cfg.DATA.TRAIN_SCENES), ("val", cfg.DATA.VAL_SCENES))
+    }
+    init_for_training(model, cfg.SEED)
+    steps_per_epoch = cfg.DATA.TRAIN_SCENES // (cfg.DATA.BATCH_SIZE * run.world_size)
+    hint_steps = int(cfg.PROMPTS.HINT_EPOCHS * steps_per_epoch)
+    task = DetectorTask(model, cfg.PROMPTS.PER_IMAGE, cfg.PROMPTS.ONE_TO_MANY, hint_steps)
+    if args.dry_run:
+        trained = sum(p.numel() for p in task.parameters() if p.requires_grad)
+        print(f"{trained / 1e6:.2f} M parameters to train; scenes would go to {output}")
+        return
+    if run.is_main:
+        for folder, spec in pools.values():
+            build_pool(folder, spec, cfg.DATA.NUM_WORKERS)
+    barrier()
+    train_set, val_set = (ScenePool(folder) for folder, _ in pools.values())
+    sampler = ResumableDistributedSampler(len(train_set), cfg.SEED, run.rank, run.world_size)
+    fit(
+        task,
+        DataLoader(train_set, cfg.DATA.BATCH_SIZE, sampler=sampler, drop_last=True),
+        DataLoader(val_set, 8, sampler=PartitionSampler(len(val_set), run.rank, run.world_size)),
+        cfg,
+        run,
+        output,
+        identity={"model": model.config.to_dict(), "preprocess": model.preprocess.to_dict()},
+        resume=args.resume,
+    )
+
+
+def _export(cfg: CfgNode, args: argparse.Namespace, pretrained: Path) -> None:
+    """Write the whole teacher with the newest detector, and measure it on held-out scenes."""
+    import torch
+    from demo_eval import generate_test_scenes
+    from detector_eval import evaluate_detector
+    from teacher_detector import DetectorTask
+
+    from sam3 import load_model
+    from sam3.checkpoint_io import read_state_dict, sha256_file, write_merged
+    from sam3.released_names import released_state_dict
+    from sam3_train.checkpoint import CheckpointManager, load_checkpoint
+
+    newest = CheckpointManager(Path(cfg.OUTPUT), cfg.TRAIN.KEEP_LAST, cfg.TRAIN.KEEP_EVERY).newest
+    if newest is None:
+        raise UserError(f"{cfg.OUTPUT} holds no checkpoint: train first, without --export-only")
+    path = Path(cfg.OUTPUT) / newest["file"]
+    state = load_checkpoint(path)
+    model = build_model(pretrained, cfg.SEED)
+    DetectorTask(model).load_saved_state(state.get("ema") or state["model"], str(path))
+    metadata = read_state_dict(pretrained)[1]
+    provenance = {**metadata.get("provenance", {}), "detector_epoch": state["epoch"], "detector_step": state["step"]}
+    metadata = {**metadata, "model": model.config.to_dict(), "provenance": provenance}
+    write_merged(args.weights, released_state_dict(model), metadata, dtype=torch.float16)
+    scores = evaluate_detector(load_model(args.weights, device="cpu"), generate_test_scenes(args.test_scenes))
+    note, record_path = Path(cfg.OUTPUT) / TRAINING_NOTE, args.weights.with_suffix(".json")
+    record = json.loads(record_path.read_text()) if record_path.is_file() else {}
+    record["detector"] = {
+        **(json.loads(note.read_text()) if note.is_file() else {}),
+        "seed": cfg.SEED,
+        "steps": state["step"],
+        "test_scenes": args.test_scenes,
+        "scores": scores,
+        "versions": package_versions(("torch", "numpy", "pillow", "scikit-image")),
+    }
+    record["weights_sha256"] = sha256_file(args.weights)
+    record_path.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(scores))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return run_cli(_main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
