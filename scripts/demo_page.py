@@ -39,6 +39,15 @@ class Score:
 
 
 @dataclass(frozen=True)
+class DetectorScore:
+    """One measure of the detector on the held-out scenes, 0..1."""
+
+    words: str
+    teacher: float
+    student: float
+
+
+@dataclass(frozen=True)
 class ModelRow:
     """What a model weighs and how fast it is."""
 
@@ -79,6 +88,10 @@ class Report:
     """What the lines printed when they were run for this page."""
     steps: Sequence[StepRow] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    phrases: Sequence[Comparison] = ()
+    """What phrases and exemplar boxes find."""
+    detector_scores: Sequence[DetectorScore] = ()
+    num_phrases: int = 0
 
 
 STYLE = (Path(__file__).parent / "demo_page.css").read_text(encoding="utf-8")
@@ -136,6 +149,19 @@ def _scores_table(report: Report) -> str:
     return _table(["prompt", "teacher mIoU", "student mIoU", "student / teacher"], rows)
 
 
+def _phrases(report: Report) -> str:
+    """The section on the detector; empty where the teacher has none."""
+    if not report.detector_scores:
+        return ""
+    rows = [[html.escape(s.words), f"{s.teacher:.3f}", f"{s.student:.3f}"] for s in report.detector_scores]
+    return f"""<h2>Phrases and exemplars</h2>
+<p>The detector, untouched by distillation, on the teacher's trunk and on the student's: it finds every object that a
+phrase or an example box describes. {report.num_phrases} phrases on held-out scenes, as many that nothing answers;
+IoU is of everything found with everything meant.</p>
+{_table(["measure", "teacher", "student"], rows)}
+<div class="grid-rows">{"".join(_figure(one) for one in report.phrases)}</div>"""
+
+
 def _models_table(report: Report) -> str:
     rows = [
         [
@@ -190,6 +216,7 @@ released SAM 3 takes, not its quality.</p>
 Mean over {report.num_objects} objects:</p>
 {_scores_table(report)}
 <div class="grid-rows">{scenes}</div>
+{_phrases(report)}
 <h2>Real photos</h2>
 <p>No ground truth exists here: the IoU is the student's mask against the teacher's, which is what distillation is
 after.</p>

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 import yaml
 from demo_compare import Prompt, compare, describe_model
-from demo_page import Comparison, ModelRow, Report, StepRow, render_page
+from demo_page import Comparison, DetectorScore, ModelRow, Report, StepRow, render_page
+from demo_phrases import compare_phrases, detector_scores
 from demo_scores import box_ious, checkpoint_scores, read_scenes, score_prompts, shown_prompts
 from PIL import Image
 from step_runner import read_stamp
@@ -163,6 +164,9 @@ def write_results(path: Path, report: Report) -> None:
         "scores": [{**dataclasses.asdict(score), "ratio": score.ratio} for score in report.scores],
         "num_objects": report.num_objects,
         "scenes": [numbers(one) for one in report.scenes],
+        "detector_scores": [dataclasses.asdict(score) for score in report.detector_scores],
+        "num_phrases": report.num_phrases,
+        "phrases": [numbers(one) for one in report.phrases],
         "photos": [numbers(one) for one in report.photos],
         "models": [dataclasses.asdict(model) for model in report.models],
         "steps": [dataclasses.asdict(step) for step in report.steps],
@@ -174,7 +178,7 @@ def write_results(path: Path, report: Report) -> None:
 
 def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Report:
     """Run every comparison, with a progress bar."""
-    with tqdm(total=6, desc="report", unit="part") as progress:
+    with tqdm(total=7, desc="report", unit="part") as progress:
         teacher, student = sam3.load_model(args.teacher, "cpu"), sam3.load_model(args.student, "cpu")
         photos = photo_prompts(args.world, settings["photos"])
         models = measure_models(args, teacher, student, photos[0][0], settings["latency_repeats"])
@@ -186,6 +190,13 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
             compare(teacher, student, scene.image, prompt, title, truth)
             for scene, prompt, title, truth in shown_prompts(test[: settings["num_scenes"]])
         ]
+        progress.update()
+        phrases: list[Comparison] = []
+        measures: list[DetectorScore] = []
+        num_phrases = 0
+        if teacher.has_detector:
+            phrases = compare_phrases(teacher, student, test[: settings["num_phrase_scenes"]])
+            measures, num_phrases = detector_scores(teacher, student, test[: settings["num_scored_phrase_scenes"]])
         progress.update()
         photo_comparisons = compare_photos(teacher, student, photos)
         progress.update()
@@ -206,6 +217,9 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
         load_lines=load_lines,
         load_output=load_output,
         steps=read_steps(args.stamps) if args.stamps else [],
+        phrases=phrases,
+        detector_scores=measures,
+        num_phrases=num_phrases,
         environment={
             "EfficientSAM3": sam3.__version__,
             "torch": torch.__version__,

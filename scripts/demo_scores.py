@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class SceneFile:
     """A click inside each object, float32, (N, 2)."""
     masks: np.ndarray
     """bool, (N, H, W)."""
+    categories: tuple[str, ...] = ()
+    """What each object is: "red circle"."""
 
 
 def read_scenes(world: Path, split: str, limit: int | None = None) -> list[SceneFile]:
@@ -47,12 +50,14 @@ def read_scenes(world: Path, split: str, limit: int | None = None) -> list[Scene
         raise UserError(f"{world / 'images' / split} holds no scene: make the world again (data/demo/demo_world.py)")
     scenes = []
     for path in paths[:limit]:
-        objects = load_sa1b_annotation(world / "annotations" / split / f"{path.stem}.json")
+        annotation = world / "annotations" / split / f"{path.stem}.json"
+        objects = load_sa1b_annotation(annotation)
+        names = tuple(one["category"] for one in json.loads(annotation.read_text())["annotations"])
         with Image.open(path) as image:
             rgb = image.convert("RGB")
         boxes = np.array([one.box_xyxy_px for one in objects], np.float32)
         points = np.array([one.points_xy_px[0] for one in objects], np.float32)
-        scenes.append(SceneFile(path.stem, rgb, boxes, points, np.stack([one.mask() for one in objects])))
+        scenes.append(SceneFile(path.stem, rgb, boxes, points, np.stack([one.mask() for one in objects]), names))
     return scenes
 
 
