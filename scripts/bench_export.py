@@ -184,6 +184,8 @@ def export_synthetic(
         log = BadImageLog(None, 0)
         for counts in export_batches(teacher, batches, writer, plan.done_keys, log, stop, batch_size):
             watch(counts.num_images)
+        if stop.requested:
+            raise SystemExit(f"stopped by {stop.requested}")
 
 
 class SyntheticPhotos(Dataset[dict[str, Any]]):
