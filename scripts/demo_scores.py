@@ -52,7 +52,7 @@ def read_scenes(world: Path, split: str, limit: int | None = None) -> list[Scene
     for path in paths[:limit]:
         annotation = world / "annotations" / split / f"{path.stem}.json"
         objects = load_sa1b_annotation(annotation)
-        names = tuple(one["category"] for one in json.loads(annotation.read_text())["annotations"])
+        names = tuple(one.get("category", "object") for one in json.loads(annotation.read_text())["annotations"])
         with Image.open(path) as image:
             rgb = image.convert("RGB")
         boxes = np.array([one.box_xyxy_px for one in objects], np.float32)
