@@ -43,6 +43,7 @@ LOWEST_PYTHON = {
     "pycocotools==2.0.11": "3.9",
     "tensorboard==2.21.0": "3.9",
     "tqdm==4.70.1": "3.8",
+    "isal==1.9.1": "3.9",
     "scikit-image==0.26.0": "3.11",
     "scikit-image==0.25.2": "3.10",
     "pytest==9.2.0": "3.10",
