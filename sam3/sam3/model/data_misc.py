@@ -35,8 +35,9 @@ class FindStage:
 
     @classmethod
     def of(cls, img_ids: list[int], text_ids: list[int], device: torch.device | str | None = None) -> FindStage:
-        """Prompts without boxes and points in it (they can come as a `Prompt` beside it)."""
-        return cls(*(torch.tensor(ids, dtype=torch.int64, device=device) for ids in (img_ids, text_ids)))
+        """Prompts whose boxes and points, if any, come as a `Prompt` beside them."""
+        images, texts = (torch.tensor(ids, dtype=torch.int64, device=device) for ids in (img_ids, text_ids))
+        return cls(images, texts)
 
 
 @dataclass
