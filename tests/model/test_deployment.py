@@ -77,6 +77,15 @@ def test_every_activation_that_follows_a_layer_is_computed_with_it(backbone: str
     assert not [module for module in deployed.modules() if type(module) in (nn.Conv2d, nn.Linear)]
 
 
+def test_a_student_folded_by_the_merge_gets_the_same_fast_form() -> None:
+    images = torch.randn(2, 3, 112, 112)
+    student = lively_student("repvit_m0_9", images)
+    fast, fast_of_folded = optimize_for_deployment(student), optimize_for_deployment(fuse_for_inference(student))
+    assert [type(module) for module in fast_of_folded.modules()] == [type(module) for module in fast.modules()]
+    with torch.inference_mode():
+        torch.testing.assert_close(fast_of_folded(images), fast(images))
+
+
 def test_the_original_is_left_as_it_was_and_gradients_still_work() -> None:
     images = torch.randn(2, 3, 112, 112)
     student = lively_student("demo_cnn", images)

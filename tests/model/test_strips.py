@@ -79,18 +79,31 @@ def test_which_layers_can_run_in_strips() -> None:
         assert not can_run_in_strips(other)
 
 
-@pytest.mark.parametrize("size", [(168, 224), (232, 200)])
 @pytest.mark.parametrize("backbone", ["repvit_m0_9", "tiny_vit_5m", "efficientvit_b0"])
-def test_students_in_thin_strips_give_the_same_features(
-    thin_strips: None, backbone: str, size: tuple[int, int]
-) -> None:
-    """Sizes where maps are odd and windows reach beyond the border."""
-    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+def test_students_in_strips_give_the_same_features(monkeypatch: pytest.MonkeyPatch, backbone: str) -> None:
+    """Several images, of a size where maps are odd and windows reach beyond the border."""
+    ranges: list[tuple[int, int]] = []
+    monkeypatch.setattr(strips, "_BYTES_PER_THREAD", (1 << 17) // torch.get_num_threads())
+    monkeypatch.setattr(strips, "strip_ranges", lambda *args: ranges.extend(strip_ranges(*args)) or strip_ranges(*args))
+    images = torch.randn(2, 3, 136, 104, generator=torch.Generator().manual_seed(1))
     student = lively_student(backbone, images)
     deployed = optimize_for_deployment(student)
     with torch.inference_mode():
         wanted, got = student(images), deployed(images)
     assert (wanted - got).abs().max() < 1e-3 * wanted.std()
+    assert sum(first > 0 for first, _ in ranges) > 4
+
+
+@pytest.mark.parametrize("backbone", ["tiny_vit_5m", "efficientvit_b0"])
+def test_under_autocast_the_plain_operations_run(backbone: str) -> None:
+    images = torch.randn(2, 3, 112, 112)
+    student = lively_student(backbone, images)
+    deployed = optimize_for_deployment(student)
+    with torch.no_grad():
+        exact = student(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            wanted, got = student(images).float(), deployed(images).float()
+    assert (got - exact).norm() < 1.5 * (wanted - exact).norm()
 
 
 LAYERS = [

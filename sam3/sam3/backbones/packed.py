@@ -39,11 +39,12 @@ def has_packed_operations() -> bool:
 
 
 def runs_packed(x: Tensor) -> bool:
-    """Whether an input is computed by the packed operations: float32 on the CPU, without gradients."""
+    """Whether an input is computed by the packed operations: float32 on the CPU, without gradients or autocast."""
     return (
         x.dtype == torch.float32
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and bool(torch.backends.mkldnn.enabled)
     )
 

@@ -61,7 +61,8 @@ class WinogradConv2d(PackedWeight, nn.Conv2d):
 
     def forward(self, x_bchw: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, H, W)."""
-        if torch.is_grad_enabled() or x_bchw.dtype != torch.float32 or self.weight.dtype != torch.float32:
+        is_float32 = x_bchw.dtype == self.weight.dtype == torch.float32
+        if torch.is_grad_enabled() or not is_float32 or torch.is_autocast_enabled(x_bchw.device.type):
             return super().forward(x_bchw)
         batch, _, height, width = x_bchw.shape
         rows, columns = -(-height // TILE), -(-width // TILE)
