@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -204,24 +205,28 @@ def rows_of(times: StudentTimes) -> list[dict[str, Any]]:
     return rows
 
 
+TITLES = ("Student", *SUMMARY_FORMS, "Best", "Gain", f">= {TARGET_SPEEDUP:g}x", "GFLOP", "Of peak", "Training step")
+
+
 def summary(all_times: Sequence[StudentTimes]) -> str:
     """One line per student, as Markdown."""
-    titles = ["Student", *SUMMARY_FORMS, "Best", "Gain", f">= {TARGET_SPEEDUP:g}x", "GFLOP", "Of peak", "Training step"]
-    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
-    for times in all_times:
-        seconds = [f"{times.seconds[form]:.3f} s" if form in times.seconds else "" for form in SUMMARY_FORMS]
-        cells = [
-            times.student,
-            *seconds,
-            times.best_form,
-            f"{times.speedup:.2f}x",
-            "yes" if times.speedup >= TARGET_SPEEDUP else "no",
-            f"{times.gflop:.1f}",
-            f"{times.share_of_peak:.0%}",
-            f"{times.training_step_s:.2f} s",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    head = ["| " + " | ".join(TITLES) + " |", "|---|" + "---:|" * (len(TITLES) - 1)]
+    return "\n".join([*head, *(summary_line(times) for times in all_times)]) + "\n"
+
+
+def summary_line(times: StudentTimes) -> str:
+    """A student's line of `summary`."""
+    cells = [
+        times.student,
+        *(f"{times.seconds[form]:.3f} s" if form in times.seconds else "" for form in SUMMARY_FORMS),
+        times.best_form,
+        f"{times.speedup:.2f}x",
+        "yes" if times.speedup >= TARGET_SPEEDUP else "no",
+        f"{times.gflop:.1f}",
+        f"{times.share_of_peak:.0%}",
+        f"{times.training_step_s:.2f} s",
+    ]
+    return "| " + " | ".join(cells) + " |"
 
 
 def bench(
@@ -234,7 +239,7 @@ def bench(
 def measure(
     quick: bool = False, device: torch.device | None = None, students: list[str] | None = None, compile: bool = True
 ) -> list[StudentTimes]:
-    """Times of all nine students, or those named.
+    """Times of all nine students, or those named; each line of the summary is printed when it is known.
 
     Args:
         quick: One student at the tiny preset's size: the paths are real, the figures are not.
@@ -246,7 +251,11 @@ def measure(
     config = Sam3Config.preset("tiny" if quick else "sam3")
     names = students or (["es_ev_s"] if quick else list(student_names()))
     compile = compile and not quick and (device.type != "cpu" or has_cpp_compiler())
-    return [measure_student(name, config, device, compile, runs=1 if quick else 5) for name in names]
+    all_times = []
+    for name in names:
+        all_times.append(measure_student(name, config, device, compile, runs=1 if quick else 5))
+        print(summary_line(all_times[-1]), file=sys.stderr, flush=True)
+    return all_times
 
 
 def _main(argv: list[str] | None) -> int:
