@@ -82,6 +82,21 @@ def test_to_hugging_face_and_back(meta_file: Path, tmp_path: Path, capsys: pytes
         processor.add_point_prompt([0.5, 0.5], True, state)
 
 
+def test_transformers_reads_what_was_written(meta_file: Path, tmp_path: Path) -> None:
+    """Their own loader finds every weight, in a folder with their configuration beside the file."""
+    transformers = pytest.importorskip("transformers")
+    from hf_models import build_hf_image_model
+
+    assert convert(meta_file, tmp_path / "hf" / "model.safetensors", "--layout", "hf") == 0
+    expected = build_hf_image_model(whole_model())
+    expected.config.save_pretrained(tmp_path / "hf")
+    loaded, problems = transformers.Sam3Model.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(problems.values()), problems
+    weights = loaded.state_dict()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(weights[key], value), key
+
+
 def test_to_safetensors_and_back(meta_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert convert(meta_file, tmp_path / "a.safetensors") == 0
     assert f"lost    {TINY.trunk.depth} rotary tables: safetensors cannot hold complex" in capsys.readouterr().out
