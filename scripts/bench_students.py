@@ -27,7 +27,7 @@ from sam3.backbones import backbone_spec, student_names
 from sam3.backbones.packed import has_packed_operations, packed_linear, reorder_linear
 from sam3.config import Sam3Config, StudentConfig
 from sam3.model.deployment import has_cpp_compiler, optimize_for_deployment
-from sam3.model.student_encoder import StudentEncoder, build_student
+from sam3.model.student_encoder import StudentEncoder, build_student, fuse_for_inference
 from sam3_train.distributed import pick_device
 from sam3_train.errors import run_cli
 
@@ -74,7 +74,7 @@ def deployment_forms(student: StudentEncoder, compile: bool) -> dict[str, nn.Mod
     forms: dict[str, nn.Module] = {
         AS_TRAINED: student,
         "channels_last": optimize_for_deployment(student, fuse=False),
-        "folded": optimize_for_deployment(student, channels_last=False),
+        "folded": fuse_for_inference(student),
         "deployed": optimize_for_deployment(student),
     }
     if compile:
