@@ -57,3 +57,10 @@ def store_bytes(directory: Path) -> dict[str, bytes]:
     """What two exports of the same data must agree on: all rank files but the random export id in the index headers."""
     content = {path.name: path.read_bytes() for path in sorted(directory.glob("rank*"))}
     return {name: data[INDEX_HEADER.size :] if name.endswith("-index.bin") else data for name, data in content.items()}
+
+
+def assert_one_line(error: BaseException, *parts: str) -> None:
+    """An error that a user reads: one line that names all the parts."""
+    assert "\n" not in str(error)
+    for part in parts:
+        assert part in str(error), f"{part!r} not in {error}"
