@@ -37,7 +37,7 @@ ALPHA = np.full((6, 9, 1), 7, np.uint8)
         RGB.to(torch.float64) / 255,
         torch.cat([RGB, torch.zeros(1, 6, 9, dtype=torch.uint8)]),
     ],
-    ids=lambda x: f"{type(x).__name__}-{getattr(x, 'mode', getattr(x, 'dtype', ''))}",
+    ids=lambda x: f"{type(x).__name__}-{x.mode if isinstance(x, Image.Image) else x.dtype}",
 )
 def test_every_kind_of_image_is_the_same_image(image: object) -> None:
     assert torch.equal(to_rgb_uint8(image), RGB)
