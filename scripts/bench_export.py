@@ -57,7 +57,7 @@ def bench(quick: bool, device: torch.device) -> list[Row]:
                     folder, "tiny, a core left free", random_teacher(device), 8, 2 if quick else 20, turns
                 )
         large = random_teacher(device, TINY if quick else stand_in())
-        rows += bench_loop(folder, "stand-in", large, 2, 2 if quick else 8, 1 if quick else 4)
+        rows += bench_loop(folder, "stand-in", large, 2, 2 if quick else 3, 1 if quick else 3)
         del large
         return rows + bench_memory(folder, device, num_images=40 if quick else 10_000)
 
