@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from train_tiny_teacher import TRAINING_NOTE, WEIGHTS, note_training
+from train_tiny_teacher import TRAINING_NOTE, WEIGHTS, build_parser, newest_checkpoint, note_training
 from yacs.config import CfgNode
 
-from sam3_train.config import add_common_args, apply_flags, load_config, training_defaults
+from sam3_train.config import apply_flags, load_config, training_defaults
 from sam3_train.errors import UserError, run_cli
 from sam3_train.run_record import package_versions
 
@@ -59,22 +59,8 @@ def get_defaults() -> CfgNode:
     return cfg
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
-    )
-    add_common_args(parser, cfg_required=False)
-    parser.add_argument(
-        "--export-only", action="store_true", help="write the weights of the newest checkpoint and stop"
-    )
-    parser.add_argument("--weights", type=Path, default=WEIGHTS, metavar="FILE", help="where the weights go")
-    parser.add_argument("--test-scenes", type=int, default=60, metavar="N", help="held-out scenes in the record")
-    return parser
-
-
 def _main(argv: list[str] | None) -> int:
-    args = build_parser().parse_args(argv)
+    args = build_parser(__doc__).parse_args(argv)
     cfg = load_config(get_defaults(), args.cfg, args.opts or [])
     apply_flags(cfg, args)
     pretrained = Path(cfg.MODEL.PRETRAINED)
@@ -168,12 +154,9 @@ def _export(cfg: CfgNode, args: argparse.Namespace, pretrained: Path) -> None:
     from sam3 import load_model
     from sam3.checkpoint_io import read_state_dict, sha256_file, write_merged
     from sam3.released_names import released_state_dict
-    from sam3_train.checkpoint import CheckpointManager, load_checkpoint
+    from sam3_train.checkpoint import load_checkpoint
 
-    newest = CheckpointManager(Path(cfg.OUTPUT), cfg.TRAIN.KEEP_LAST, cfg.TRAIN.KEEP_EVERY).newest
-    if newest is None:
-        raise UserError(f"{cfg.OUTPUT} holds no checkpoint: train first, without --export-only")
-    path = Path(cfg.OUTPUT) / newest["file"]
+    path = newest_checkpoint(cfg)
     state = load_checkpoint(path)
     model = build_model(pretrained, cfg.SEED)
     DetectorTask(model).load_saved_state(state.get("ema") or state["model"], str(path))

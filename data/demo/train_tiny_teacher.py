@@ -56,10 +56,10 @@ def get_defaults() -> CfgNode:
     return cfg
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
+def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
+    """The command line of both halves of the tiny teacher's training."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, conflict_handler="resolve"
     )
     add_common_args(parser, cfg_required=False)
     parser.add_argument(
@@ -152,6 +152,20 @@ def build_promptable_model(config: Any) -> Any:
     )
 
 
+def newest_checkpoint(cfg: CfgNode) -> Path:
+    """The run's newest verified checkpoint.
+
+    Raises:
+        UserError: If there is none.
+    """
+    from sam3_train.checkpoint import CheckpointManager
+
+    newest = CheckpointManager(Path(cfg.OUTPUT), cfg.TRAIN.KEEP_LAST, cfg.TRAIN.KEEP_EVERY).newest
+    if newest is None:
+        raise UserError(f"{cfg.OUTPUT} holds no checkpoint: train first, without --export-only")
+    return Path(cfg.OUTPUT) / newest["file"]
+
+
 def note_training(path: Path, script: str, seconds: float, run: Any) -> None:
     """Keep what the record will say about the training; the seconds of a resumed run add up."""
     before = json.loads(path.read_text()) if path.is_file() else {}
@@ -180,12 +194,9 @@ def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
     from sam3.checkpoint_io import sha256_file, write_merged
     from sam3.config import Sam3Config
     from sam3.released_names import to_released
-    from sam3_train.checkpoint import CheckpointManager, load_checkpoint
+    from sam3_train.checkpoint import load_checkpoint
 
-    newest = CheckpointManager(Path(cfg.OUTPUT), cfg.TRAIN.KEEP_LAST, cfg.TRAIN.KEEP_EVERY).newest
-    if newest is None:
-        raise UserError(f"{cfg.OUTPUT} holds no checkpoint: train first, without --export-only")
-    path = Path(cfg.OUTPUT) / newest["file"]
+    path = newest_checkpoint(cfg)
     state = load_checkpoint(path)
     config = Sam3Config.preset("tiny")
     model = build_promptable_model(config)
