@@ -15,6 +15,8 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from sam3.tracker_config import MemoryAttentionConfig, MemoryEncoderConfig, TrackerConfig
+
 
 @dataclass(frozen=True)
 class TrunkConfig:
@@ -188,12 +190,18 @@ class Sam3Config:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     segmentation_head: SegmentationHeadConfig = field(default_factory=SegmentationHeadConfig)
+    tracker: TrackerConfig = field(default_factory=TrackerConfig)
     student: StudentConfig | None = None
 
     def __post_init__(self) -> None:
         if self.image_size_px % self.trunk.patch_size_px:
             raise ValueError(
                 f"image_size_px {self.image_size_px} is not a multiple of patch_size_px {self.trunk.patch_size_px}"
+            )
+        if self.hidden_dim % self.tracker.mem_dim:
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} is not a multiple of the tracker's mem_dim {self.tracker.mem_dim}: an "
+                "object pointer is cut into tokens of that width"
             )
 
     @property
@@ -306,5 +314,10 @@ PRESETS: dict[str, Sam3Config] = {
         decoder=DecoderConfig(num_layers=3, num_queries=24, num_heads=4, mlp_dim=128, dropout=0.0),
         scoring=ScoringConfig(mlp_dim=128, dropout=0.0),
         segmentation_head=SegmentationHeadConfig(num_heads=4),
+        tracker=TrackerConfig(
+            mem_dim=16,
+            memory_encoder=MemoryEncoderConfig(mask_channels=(4, 8, 16, 32)),
+            memory_attention=MemoryAttentionConfig(num_layers=2, mlp_dim=128, dropout=0.0),
+        ),
     ),
 }
