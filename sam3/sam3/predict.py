@@ -74,7 +74,8 @@ def predict(argv: list[str] | None = None) -> int:
     """The command; see the module's docstring.
 
     Raises:
-        CommandError: If an option cannot be used; nothing has been computed then.
+        CommandError: If an option cannot be used, which is said before anything is computed; if the checkpoint computes
+            numbers that are not finite, or results cannot be written.
     """
     args = build_parser().parse_args(argv)
     problems: list[str] = []
@@ -91,6 +92,7 @@ def predict(argv: list[str] | None = None) -> int:
 
     import torch
 
+    from sam3.finite import NonFiniteError
     from sam3.loading import load_model
     from sam3.prediction import Clicker, Detector, Folder, predict_images
 
@@ -103,7 +105,10 @@ def predict(argv: list[str] | None = None) -> int:
         predictor = Detector(
             model, args.text, boxes, points, args.box_format, _default(args.threshold, 0.5), args.top_k, args.nms
         )
-    run = predict_images(predictor, images, Folder(args.output))
+    try:
+        run = predict_images(predictor, images, Folder(args.output))
+    except NonFiniteError as error:
+        raise CommandError(f"{args.checkpoint}: {error}") from error
     print(f"objects: {run.num_objects}, images: {run.num_images} of {len(images)}, results: {args.output}")
     if run.is_interrupted:
         print(f"interrupted; {args.output} holds what was done", file=sys.stderr)

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from sam3.cli import CommandError
 from sam3.coco_rle import encode_mask
 from sam3.drawing import draw_overlay, index_image
 from sam3.image_input import ImageInputError, open_image, to_rgb_uint8
@@ -192,14 +193,23 @@ def _overlay(pixels_hwc: np.ndarray, found: Sequence[Found]) -> Image.Image:
 
 
 def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call ``write`` with a path beside ``path`` and rename the result, so that no half file is ever seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Call ``write`` with a path beside ``path`` and rename the result, so that no half file is ever seen.
+
+    Raises:
+        CommandError: If it cannot be written, e.g. because the disk is full.
+    """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write(aside)
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            write(aside)
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+    except OSError as error:
+        raise CommandError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another --output"
+        ) from error
 
 
 @dataclass

@@ -20,9 +20,11 @@ from PIL import Image
 
 import sam3
 from sam3.checkpoint_parts import POINT_PROMPTS
+from sam3.finite import NonFiniteError
 from sam3.image_input import ImageInputError, open_image
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.sam3_image_processor import Sam3Processor
+from sam3.released_names import HEADS_PREFIX
 from sam3.sam.prompts import PromptError
 
 HEIGHT, WIDTH = 40, 60
@@ -195,6 +197,11 @@ REFUSED: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         PromptError,
         "image_index must say which of the 2 images is meant, got None",
     ),
+    "image number that is none": (
+        lambda w: w.processor.add_geometric_prompt(BOX, 1, w.processor.set_image_batch([RGB, RGB]), image_index=1.0),
+        PromptError,
+        "image_index must say which of the 2 images is meant, got 1.0",
+    ),
     # points
     "point outside": (lambda w: w.point([0.5, 1.01]), PromptError, "point [0.5, 1.01] lies outside the image"),
     "point in pixels taken for fractions": (lambda w: w.point([30, 20]), PromptError, "pass point_format='xy_px'"),
@@ -237,6 +244,21 @@ REFUSED: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         ValueError,
         "confidence_threshold must lie in 0..1, got 50",
     ),
+    "threshold that is no number": (
+        lambda w: w.processor.set_confidence_threshold("0.5", w.state),
+        ValueError,
+        "confidence_threshold must lie in 0..1, got '0.5'",
+    ),
+    "half a prompt at a time": (
+        lambda w: Sam3Processor(w.processor.model, max_prompts_per_pass=0.5),
+        ValueError,
+        "max_prompts_per_pass must be a positive integer, got 0.5",
+    ),
+    "resolution in words": (
+        lambda w: Sam3Processor(w.processor.model, resolution="1008"),
+        ValueError,
+        "resolution '1008' is not a positive multiple of the patch size, 14 px",
+    ),
     "resolution beside the patches": (
         lambda w: Sam3Processor(w.processor.model, resolution=250),
         ValueError,
@@ -252,12 +274,40 @@ REFUSED: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         ValueError,
         "this model has no SAM heads: build it with enable_inst_interactivity=True",
     ),
+    # weights that are damaged
+    "scores of NaN": (
+        lambda w: _with(_spoilt(w, "dot_prod_scoring.hs_proj.bias")).set_text_prompt("a cat", w.state),
+        NonFiniteError,
+        "the model's scores are not finite (NaN) in torch.float32: its weights are damaged, or",
+    ),
+    "IoUs of NaN": (
+        lambda w: _spoilt(w, HEADS_PREFIX + "sam_mask_decoder.iou_prediction_head.layers.2.bias").predict_inst(
+            w.state, box=[1, 1, 9, 9]
+        ),
+        NonFiniteError,
+        "the model's estimated IoUs are not finite (NaN) in torch.float32",
+    ),
+    "masks of NaN": (
+        lambda w: _spoilt(w, HEADS_PREFIX + "sam_mask_decoder.output_upscaling.3.bias").predict_inst(
+            w.state, box=[1, 1, 9, 9]
+        ),
+        NonFiniteError,
+        "the model's masks are not finite (NaN)",
+    ),
 }
 
 
 def _with(model: Sam3Image) -> Sam3Processor:
     """A processor of another model; the state of the first fits, because the images' features have the same shapes."""
     return Sam3Processor(model)
+
+
+def _spoilt(world: World, key: str) -> Sam3Image:
+    """A model in which one tensor is NaN, as after a bit flip in a file."""
+    model = world.build(enable_inst_interactivity=True)
+    with torch.no_grad():
+        model.get_parameter(key).fill_(torch.nan)
+    return model
 
 
 def _without_points(world: World) -> Sam3Processor:

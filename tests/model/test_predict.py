@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +176,39 @@ def test_a_bug_is_no_mistake_of_the_user_and_keeps_what_is_done(run, photos, mon
         run("--image", photos, "--text", "a cat", "--threshold", "0.2")
     results = json.loads((tmp_path / "out/predictions.json").read_text())
     assert {r["file_name"] for r in results} == {"a.png"}
+
+
+def test_a_full_disk_is_said_in_one_line(run, photos, monkeypatch, tmp_path) -> None:
+    original = sam3.prediction.os.replace
+
+    def full_at_the_second(aside: Path, path: Path) -> None:
+        if path.name.startswith("b_"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(aside, path)
+
+    monkeypatch.setattr(sam3.prediction.os, "replace", full_at_the_second)
+    code, _, err, results = run("--image", photos, "--text", "a cat", "--threshold", "0.2")
+    assert code == 2 and "Traceback" not in err
+    assert "b_mask.png: cannot be written (No space left on device); free some space" in err
+    assert {r["file_name"] for r in results} == {"a.png"}
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("options", "key", "what"),
+    [
+        (["--text", "a cat"], "detector.dot_prod_scoring.hs_proj.bias", "scores"),
+        (["--point", "9,9", "--interactive"], "detector.backbone.vision_backbone.sam2_convs.2.conv_1x1.bias", "IoUs"),
+    ],
+    ids=["detector", "interactive"],
+)
+def test_a_damaged_checkpoint_is_said_and_writes_no_object(run, photos, checkpoint, tmp_path, options, key, what):
+    weights = torch.load(checkpoint)["model"]
+    weights[key] = weights[key] * torch.nan
+    torch.save({"model": weights}, tmp_path / "nan.pt")
+    code, _, err, results = run("--image", photos / "a.png", "--checkpoint", tmp_path / "nan.pt", *options)
+    assert (code, results) == (2, []) and "Traceback" not in err
+    assert "nan.pt: the model's " in err and f"{what} are not finite" in err
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torchvision.ops import box_iou, nms
@@ -67,10 +68,21 @@ def test_masks_decide_where_there_are_masks() -> None:
     [
         ({"confidence_threshold": 1.5}, "confidence_threshold must lie in 0..1, got 1.5"),
         ({"confidence_threshold": float("nan")}, "got nan"),
+        ({"confidence_threshold": "0.5"}, "confidence_threshold must lie in 0..1, got '0.5'"),
+        ({"confidence_threshold": None}, "got None"),
         ({"nms_iou": -0.1}, "nms_iou must lie in 0..1"),
+        ({"nms_iou": "0.5"}, "nms_iou must lie in 0..1 or be None, got '0.5'"),
         ({"top_k": 0}, "top_k must be a positive integer"),
+        ({"top_k": 2.0}, "top_k must be a positive integer or None, got 2.0"),
+        ({"top_k": float("nan")}, "got nan"),
+        ({"top_k": True}, "got True"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ResultFilter(**settings)
+
+
+def test_settings_may_be_numbers_of_numpy_and_torch() -> None:
+    settings = {"confidence_threshold": torch.tensor(0.2), "nms_iou": np.float32(0.7), "top_k": np.int64(2)}
+    assert selected(**settings) == [1, 4]

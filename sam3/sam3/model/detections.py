@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sam3.finite import require_finite
 from sam3.model.box_ops import cxcywh_to_xyxy
 from sam3.preprocess import Preprocess
 
@@ -32,12 +35,12 @@ class ResultFilter:
     """Best first; otherwise in the order of the queries, as the released processor."""
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.confidence_threshold <= 1.0:
-            raise ValueError(f"confidence_threshold must lie in 0..1, got {self.confidence_threshold}")
-        if self.nms_iou is not None and not 0.0 <= self.nms_iou <= 1.0:
-            raise ValueError(f"nms_iou must lie in 0..1 or be None, got {self.nms_iou}")
-        if self.top_k is not None and (self.top_k < 1 or int(self.top_k) != self.top_k):
-            raise ValueError(f"top_k must be a positive integer or None, got {self.top_k}")
+        if not _is_share(self.confidence_threshold):
+            raise ValueError(f"confidence_threshold must lie in 0..1, got {self.confidence_threshold!r}")
+        if self.nms_iou is not None and not _is_share(self.nms_iou):
+            raise ValueError(f"nms_iou must lie in 0..1 or be None, got {self.nms_iou!r}")
+        if self.top_k is not None and not is_positive_int(self.top_k):
+            raise ValueError(f"top_k must be a positive integer or None, got {self.top_k!r}")
 
     def select(self, scores: Tensor, boxes_xyxy: Tensor, mask_logits: Tensor | None) -> Tensor:
         """Indices of the results.
@@ -94,16 +97,12 @@ def detections(
         ``pred_masks`` also ``masks`` (n, 1, H, W) bool, ``masks_logits`` and ``mask_logits`` as asked for. float32.
 
     Raises:
-        ValueError: If the model's scores are not finite.
+        NonFiniteError: If the model's scores are not finite.
     """
     scores = raw["pred_logits"][index, :, 0].to(torch.float32).sigmoid()
     if not is_joint_score:
         scores = scores * raw["presence_logit_dec"][index].to(torch.float32).sigmoid()
-    if not torch.isfinite(scores).all():
-        raise ValueError(
-            f"the model's scores are not finite (NaN) in {raw['pred_logits'].dtype}: its weights are damaged, or this "
-            "dtype is too narrow for them (float16 overflows where bfloat16 does not)"
-        )
+    require_finite(scores, "scores", raw["pred_logits"].dtype)
     boxes = cxcywh_to_xyxy(raw["pred_boxes"][index].to(torch.float32))
     low_res = raw["pred_masks"][index] if "pred_masks" in raw else None
     kept = result_filter.select(scores, boxes, low_res)
@@ -170,6 +169,16 @@ def pairwise_mask_iou(mask_logits: Tensor) -> Tensor:
     intersection = inside @ inside.T
     areas = inside.sum(dim=1)
     return intersection / (areas[:, None] + areas - intersection).clamp(min=1)
+
+
+def is_positive_int(value: Any) -> bool:
+    """Whether a setting is a whole number of at least 1, of Python's or of numpy's."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _is_share(value: Any) -> bool:
+    """Whether a setting is a number in 0..1; NaN is none."""
+    return isinstance(value, (Real, Tensor)) and bool(0.0 <= value <= 1.0)
 
 
 def _not_suppressed(iou: Tensor, limit: float) -> Tensor:

@@ -8,6 +8,7 @@ Of the images: ``original_height`` and ``original_width``, or for a batch the li
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -51,9 +52,9 @@ def require_image_index(image_index: int | None, num_images: int) -> int:
     """
     if image_index is None and num_images == 1:
         return 0
-    if image_index is None or not 0 <= image_index < num_images:
+    if not isinstance(image_index, Integral) or not 0 <= image_index < num_images:
         raise PromptError(f"image_index must say which of the {num_images} images is meant, got {image_index}")
-    return image_index
+    return int(image_index)
 
 
 def require_device(device: torch.device | str | None, model_device: torch.device) -> torch.device:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sam3.checkpoint_parts import POINT_PROMPTS
 from sam3.model.data_misc import FindStage
-from sam3.model.detections import RAW_KEYS, MaskOptions, ResultFilter, detections, image_share
+from sam3.model.detections import RAW_KEYS, MaskOptions, ResultFilter, detections, image_share, is_positive_int
 from sam3.model.detector_prompts import (
     parse_boxes,
     parse_labels,
@@ -103,15 +103,15 @@ class Sam3Processor:
         Raises:
             ValueError: If a value is impossible, or ``device`` is not where the model is.
         """
-        if max_prompts_per_pass < 1:
-            raise ValueError(f"max_prompts_per_pass must be positive, got {max_prompts_per_pass}")
+        if not is_positive_int(max_prompts_per_pass):
+            raise ValueError(f"max_prompts_per_pass must be a positive integer, got {max_prompts_per_pass!r}")
         self.model = model
         self.device = require_device(device, model.device)
         self.preprocess = model.preprocess
         if resolution is not None and resolution != model.preprocess.size_px:
             patch = model.config.trunk.patch_size_px
-            if resolution < patch or resolution % patch:
-                raise ValueError(f"resolution {resolution} is not a positive multiple of the patch size, {patch} px")
+            if not is_positive_int(resolution) or resolution % patch:
+                raise ValueError(f"resolution {resolution!r} is not a positive multiple of the patch size, {patch} px")
             self.preprocess = dataclasses.replace(model.preprocess, size_px=resolution)
         self.resolution = self.preprocess.size_px
         self.filter = ResultFilter(confidence_threshold, nms_iou, top_k, sort_by_score)

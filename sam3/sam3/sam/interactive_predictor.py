@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sam3.finite import require_finite
 from sam3.preprocess import Preprocess
 from sam3.sam.connected_components import fill_holes
 from sam3.sam.heads import SamFeatures, SamHeads
@@ -149,7 +150,8 @@ class SAM3InteractiveImagePredictor(nn.Module):
             (k, S, S), clamped to +-32. k is 3 or 1; for n > 1 prompts a leading axis n is added.
 
         Raises:
-            ValueError: If a prompt is malformed; the message says which.
+            ValueError: If a prompt is malformed; the message says which. `NonFiniteError`, which is one too, if the
+                model's answer is not finite.
             RuntimeError: If no image is set, or several are.
         """
         self._require_features()
@@ -210,6 +212,8 @@ class SAM3InteractiveImagePredictor(nn.Module):
         output = self.model.forward_prompts(features, points, labels, mask_logits)
         chosen = self.model.select(output, multimask_output)
         low_res = chosen.mask_logits.to(torch.float32)
+        require_finite(chosen.ious, "estimated IoUs", features.embedding.dtype)
+        require_finite(low_res, "masks", features.embedding.dtype)
         masks = self._full_size_masks(low_res, original_hw, return_logits)
         ious = chosen.ious.to(torch.float32).cpu().numpy()
         low_res_array = low_res.clamp(-_LOW_RES_LOGIT_LIMIT, _LOW_RES_LOGIT_LIMIT).cpu().numpy()
