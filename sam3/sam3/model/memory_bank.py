@@ -204,11 +204,9 @@ def good_frames(
     if not 0 <= adjacent < num_frames:
         return []
     if reverse:
-        candidates = sorted(t for t in bank.non_cond if adjacent <= t < num_frames and (t - adjacent) % step == 0)
+        scanned = [t for t in bank.non_cond if adjacent <= t < num_frames and (t - adjacent) % step == 0]
     else:
-        candidates = sorted(
-            (t for t in bank.non_cond if 1 <= t <= adjacent and (adjacent - t) % step == 0), reverse=True
-        )
+        scanned = [t for t in bank.non_cond if 1 <= t <= adjacent and (adjacent - t) % step == 0]
     near_to_far: list[int] = []
     limit = max_object_pointers(config, num_frames) - 1
     for t in sorted(scanned, reverse=not reverse):
