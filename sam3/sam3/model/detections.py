@@ -173,12 +173,12 @@ def pairwise_mask_iou(mask_logits: Tensor) -> Tensor:
 
 def is_positive_int(value: Any) -> bool:
     """Whether a setting is a whole number of at least 1, of Python's or of numpy's."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= 1
 
 
 def _is_share(value: Any) -> bool:
     """Whether a setting is a number in 0..1; NaN is none."""
-    return isinstance(value, (Real, Tensor)) and bool(0.0 <= value <= 1.0)
+    return isinstance(value, (Real, Tensor)) and 0.0 <= float(value) <= 1.0
 
 
 def _not_suppressed(iou: Tensor, limit: float) -> Tensor:
