@@ -98,7 +98,7 @@ def test_a_mask_goes_to_the_model_and_back(mode: str, size_px: int) -> None:
     preprocess = Preprocess(size_px=64, mode=mode)
     mask = torch.zeros(1, 1, 40, 80)
     mask[..., 10:30, 20:60] = 1.0
-    square = video_to_square(mask, preprocess, size_px, padding=-3.0)
+    square = video_to_square(mask, preprocess, (40, 80), size_px, padding=-3.0)
     assert square.shape == (1, 1, size_px, size_px)
     assert bool((square[..., -1, :] == (0.0 if mode == "stretch" else -3.0)).all())
     back = preprocess.masks_to_image(square, (40, 80))

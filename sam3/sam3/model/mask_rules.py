@@ -14,7 +14,7 @@ from sam3.preprocess import Preprocess
 from sam3.sam.connected_components import component_areas
 
 NO_OBJECT_LOGIT = -1024.0
-"""Mask logit of an object that is not there."""
+"""Mask logits of an object that is not in the frame."""
 BACKGROUND_LOGIT = -10.0
 """Highest logit that a pixel keeps where another object won it."""
 MIN_AREA_KEPT = 0.3
@@ -97,19 +97,22 @@ def fill_holes_in_mask_scores(
     return masks.view_as(masks_b1hw)
 
 
-def video_to_square(masks_b1hw: Tensor, preprocess: Preprocess, size_px: int, padding: float) -> Tensor:
+def video_to_square(
+    masks_b1hw: Tensor, preprocess: Preprocess, video_hw: tuple[int, int], size_px: int, padding: float
+) -> Tensor:
     """Resize masks from the video's frame to the model's square one, antialiased.
 
     Args:
-        masks_b1hw: Masks or logits that cover the whole video frame, (B, 1, H, W) float.
+        masks_b1hw: Masks or logits that cover the whole video frame at any resolution, (B, 1, h, w) float.
         preprocess: How frames become the model's input.
+        video_hw: Height and width of the video.
         size_px: Side of the result; any size, it stands for the whole model input.
         padding: Value outside the image, where ``preprocess`` pads.
 
     Returns:
         (B, 1, size_px, size_px).
     """
-    height, width = preprocess.resized_hw((masks_b1hw.shape[-2], masks_b1hw.shape[-1]))
+    height, width = preprocess.resized_hw(video_hw)
     scale = size_px / preprocess.size_px
     inner_hw = max(1, round(height * scale)), max(1, round(width * scale))
     if masks_b1hw.shape[-2:] != inner_hw:

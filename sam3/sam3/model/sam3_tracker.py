@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sam3.config import Sam3Config
 from sam3.model.grid_tables import SineTable
+from sam3.model.mask_rules import NO_OBJECT_LOGIT
 from sam3.model.memory import SimpleMaskEncoder
 from sam3.model.memory_attention import MemoryAttention, MemoryTokens
 from sam3.model.memory_bank import (
@@ -31,8 +32,6 @@ from sam3.sam.heads import SamFeatures, SamHeads
 from sam3.sam.layers import MLP
 from sam3.sam.mask_decoder import SamOutput
 
-NO_OBJECT_LOGIT = -1024.0
-"""Mask logits of an object that is not in the frame."""
 _MASK_PROMPT_SCALE, _MASK_PROMPT_BIAS = 20.0, -10.0
 
 PointInputs = tuple[Tensor, Tensor]
@@ -311,9 +310,14 @@ class Sam3Tracker(SamHeads):
     # --- memory -------------------------------------------------------------------------------------------------------
 
     def encode_memory(
-        self, features: TrackerFeatures, mask_logits: Tensor, object_score_logits: Tensor, is_mask_from_points: bool
+        self,
+        features: TrackerFeatures,
+        mask_logits: Tensor,
+        object_score_logits: Tensor,
+        is_mask_from_points: bool,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """The spatial memory of B objects on a frame, (B, Cm, G, G) in ``memory_dtype``.
+        """The spatial memory of B objects on a frame, (B, Cm, G, G).
 
         Args:
             features: Of the frame.
@@ -321,6 +325,7 @@ class Sam3Tracker(SamHeads):
                 `high_res` masks; its text-prompted model gives logits already resized to `mask_prompt_size`.
             object_score_logits: (B, 1).
             is_mask_from_points: Outside training, store zeros and ones in place of probabilities.
+            dtype: Of the result; None: ``memory_dtype``.
         """
         logits = mask_logits.to(torch.float32)
         is_hard = is_mask_from_points and not self.training
@@ -332,7 +337,7 @@ class Sam3Tracker(SamHeads):
         memory = self.maskmem_backbone(features.coarse, masks.to(features.coarse.dtype))
         absent = (object_score_logits <= 0).to(memory.dtype)
         memory = memory + (absent * self.no_obj_embed_spatial)[..., None, None]
-        return memory.to(self.memory_dtype)
+        return memory.to(self.memory_dtype if dtype is None else dtype)
 
     def without_memory(self, features: TrackerFeatures) -> Tensor:
         """What a frame without memory shows to the decoder, (1, C, G, G)."""
