@@ -65,6 +65,15 @@ class FrameRecord:
         score = effective_iou(selected.object_score_logits, selected.iou_score, shared_iou_score)
         return replace(selected, eff_iou_score=score)
 
+    def to(self, device: torch.device) -> FrameRecord:
+        """The record with its tensors on a device; ``eff_iou_score`` stays on the CPU. Itself if they are there."""
+        moved: dict[str, Any] = {
+            name: tensor.to(device)
+            for name, tensor in self._tensors().items()
+            if name != "eff_iou_score" and tensor.device != device
+        }
+        return replace(self, **moved) if moved else self
+
     def _tensors(self) -> dict[str, Tensor]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -18,17 +18,6 @@ _EDGE = 1e-4
 """Share of the image by which rounding may put a point on the border outside."""
 
 
-def require_state(state: Any) -> TrackerState:
-    """The same state, if it is one.
-
-    Raises:
-        PromptError: If it is something else, e.g. None because no video was opened.
-    """
-    if not isinstance(state, TrackerState):
-        raise PromptError(f"inference_state must come from init_state, got {type(state).__name__}: open a video first")
-    return state
-
-
 def require_frame(state: TrackerState, frame_idx: Any, name: str = "frame_idx") -> int:
     """A frame index of the video.
 
@@ -38,12 +27,8 @@ def require_frame(state: TrackerState, frame_idx: Any, name: str = "frame_idx") 
     if isinstance(frame_idx, bool) or not isinstance(frame_idx, Integral):
         raise PromptError(f"{name} must be an integer, got {frame_idx!r}")
     index = int(frame_idx)
-    source, num_frames = state.source, state.num_frames
-    is_there = index >= 0 and (num_frames is None or index < num_frames)
-    if is_there and source is not None:
-        is_there = source.has_frame(index)
-        num_frames = source.num_frames
-    if not is_there:
+    if not state.has_frame(index):
+        num_frames = state.num_frames
         frames = "an unknown number of frames" if num_frames is None else f"frames 0 to {num_frames - 1}"
         raise PromptError(f"{name} {index} is out of range: the video has {frames}")
     return index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -76,7 +77,7 @@ class ObjectGroup:
         self.points[obj_id] = {}
         self.mask_frames[obj_id] = set()
 
-    def remove_object(self, obj_id: int, shared_iou_score: bool) -> None:
+    def remove_object(self, obj_id: int, shared_iou_score: bool | None) -> None:
         """Drop an object's row from everything; ``shared_iou_score`` as in `FrameRecord.select`."""
         rows = [i for i, other in enumerate(self.obj_ids) if other != obj_id]
         if rows:
@@ -97,11 +98,29 @@ class ObjectGroup:
         """Whether any object has a prompt on this frame."""
         return any(frame_idx in self.prompted_frames(obj_id) for obj_id in self.obj_ids)
 
-    def drop_prompts(self, frame_idx: int, obj_id: int) -> None:
-        """Forget what the user said of an object on a frame, and what came of it so far."""
+    def condition_on(self, frame_idx: int, record: FrameRecord) -> None:
+        """Put a prompted frame into the bank; nothing waits for it any more."""
+        self.bank.cond[frame_idx] = record
+        self.bank.non_cond.pop(frame_idx, None)
+        self.pending.pop(frame_idx, None)
+        self.has_started = True
+
+    def take_back(self, frame_idx: int, obj_id: int) -> None:
+        """Forget what was said of an object on a frame.
+
+        A frame that nothing is said of any more counts as tracked; without any prompted frame there are no results.
+        """
         self.points[obj_id].pop(frame_idx, None)
         self.mask_frames[obj_id].discard(frame_idx)
         self.drop_pending(frame_idx, obj_id)
+        if self.has_prompts_on(frame_idx):
+            return
+        record = self.bank.cond.pop(frame_idx, None)
+        if record is not None:
+            self.bank.non_cond[frame_idx] = record
+        self.tracked.discard(frame_idx)
+        if not self.bank.cond:
+            self.clear_results()
 
     def drop_pending(self, frame_idx: int, obj_id: int) -> None:
         """Forget an output that is not in the bank yet."""
@@ -156,7 +175,8 @@ class TrackerState:
         self.storage_device = torch.device("cpu") if offload_state_to_cpu else device
         self.source = source
         self.cached_features = cached_features if cached_features is not None else {}
-        self.policy = policy
+        self._policy_at_start = policy
+        self.policy = copy.deepcopy(policy)
         self.offload_video_to_cpu = offload_video_to_cpu
         self.offload_state_to_cpu = offload_state_to_cpu
         self.groups: list[ObjectGroup] = []
@@ -207,10 +227,39 @@ class TrackerState:
         Raises:
             PromptError: If there is no such object.
         """
-        for group in self.groups:
-            if obj_id in group.obj_ids:
-                return group
+        group = self.find_group(obj_id)
+        if group is not None:
+            return group
         raise PromptError(f"there is no object {obj_id}; the objects are {self.obj_ids or 'none yet: add a prompt'}")
+
+    def find_group(self, obj_id: int) -> ObjectGroup | None:
+        """The group that an object is in, or None."""
+        return next((group for group in self.groups if obj_id in group.obj_ids), None)
+
+    def require_trackable(self) -> None:
+        """Check that there is anything to follow.
+
+        Raises:
+            RuntimeError: If there is not.
+        """
+        if not self.is_trackable:
+            raise RuntimeError("there is nothing to track: add points, a box or a mask on some frame first")
+
+    def has_frame(self, frame_idx: int) -> bool:
+        """Whether the video has this frame; a live source waits for it, or for its end."""
+        if self.source is not None:
+            return self.source.has_frame(frame_idx)
+        return frame_idx >= 0 and (self._num_frames is None or frame_idx < self._num_frames)
+
+    def reset(self) -> None:
+        """Forget all objects, prompts and results."""
+        self.groups = []
+        self.policy = copy.deepcopy(self._policy_at_start)
+
+    def close(self) -> None:
+        """Give back the video's files and threads."""
+        if self.source is not None:
+            self.source.close()
 
     def touch(self, frame_idx: int) -> None:
         """Note that a frame is used, for the assumed length of a live video."""
@@ -245,6 +294,17 @@ class TrackerState:
 
     def _by_index(self, value_of: Callable[[ObjectGroup, int, int], Any]) -> dict[int, Any]:
         return {i: value_of(group, row, obj_id) for i, (group, row, obj_id) in enumerate(self.rows())}
+
+
+def require_state(state: Any) -> TrackerState:
+    """The same state, if it is one.
+
+    Raises:
+        PromptError: If it is something else, e.g. None because no video was opened.
+    """
+    if not isinstance(state, TrackerState):
+        raise PromptError(f"inference_state must come from init_state, got {type(state).__name__}: open a video first")
+    return state
 
 
 def _stores(bank: MemoryBank) -> dict[str, dict[int, FrameRecord]]:
