@@ -10,16 +10,14 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import numpy as np
 from torch import Tensor
 
 from sam3.image_input import IMAGE_SUFFIXES, ImageInputError, open_image, to_rgb_uint8
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
+_Source = TypeVar("_Source", bound="FrameSource")
 _KINDS = "a video file, a folder of pictures, a list or array of frames, or something that yields frames"
 _FRAMES_OF_AN_ITERATOR = 2
 """The last frames of a live source that can be asked for again: the one being tracked and the one before."""
@@ -111,7 +109,7 @@ class FrameSource(ABC):
         """Give back files, threads and memory; may be called twice."""
         self._is_closed = True
 
-    def __enter__(self) -> Self:
+    def __enter__(self: _Source) -> _Source:
         return self
 
     def __exit__(self, *error: object) -> None:
