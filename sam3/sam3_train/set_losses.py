@@ -33,6 +33,10 @@ class SetLossWeights:
     semantic: float = 2.0
     one_to_many: float = 1.0
     """Factor on all terms of the one-to-many branch."""
+    score_alpha: float = 0.25
+    """Focal weight of queries that have an object; 1 - alpha of those that have none."""
+    score_gamma: float = 2.0
+    """How strongly easy scores are discounted; 0 is cross entropy, whose scores are probabilities."""
 
 
 def set_losses(
@@ -66,7 +70,7 @@ def set_losses(
         for suffix, repeats, factor in (("", 1, 1.0), (ONE_TO_MANY, one_to_many_repeats, weights.one_to_many)):
             if layer.get("pred_logits" + suffix) is None:
                 continue
-            judged = _judge(layer, suffix, targets, masks_bthw, matcher, repeats)
+            judged = _judge(layer, suffix, targets, masks_bthw, matcher, weights, repeats)
             if not suffix and layer.get("presence_logit_dec") is not None:
                 judged["presence"] = presence_loss(layer["presence_logit_dec"], targets)
             loss = loss + factor * sum(getattr(weights, name) * value for name, value in judged.items())
@@ -84,12 +88,13 @@ def _judge(
     targets: SetTargets,
     masks_bthw: Tensor | None,
     matcher: BinaryHungarianMatcherV2,
+    weights: SetLossWeights,
     repeats: int,
 ) -> dict[str, Tensor]:
     logits_bq = layer["pred_logits" + suffix][..., 0]
     boxes_bqx = layer["pred_boxes" + suffix]
     matches = matcher(logits_bq, boxes_bqx, targets, repeats)
-    judged = {"score": score_loss(logits_bq, matches, targets)}
+    judged = {"score": score_loss(logits_bq, matches, targets, weights.score_alpha, weights.score_gamma)}
     judged["box"], judged["giou"] = box_losses(boxes_bqx, matches, targets)
     masks = layer.get("pred_masks" + suffix)
     if masks_bthw is not None and masks is not None:
@@ -100,10 +105,11 @@ def _judge(
 def score_loss(logits_bq: Tensor, matches: Matches, targets: SetTargets, alpha: float = 0.25, gamma: float = 2.0):
     """Focal loss of the class scores, summed over the queries of answered prompts, per matched pair.
 
-    A prompt that nothing answers says nothing about queries: its score is presence times class score.
+    A query whose object is not asked for should score low, as one without an object. A prompt that nothing answers says
+    nothing about queries: its score is presence times class score.
     """
     wanted = torch.zeros_like(logits_bq, dtype=torch.float32)
-    wanted[matches.prompt, matches.query] = 1.0
+    wanted[matches.prompt, matches.query] = targets.answers_bt[matches.prompt, matches.target].float()
     # One pixel per "mask" makes the shared focal loss an elementwise one.
     focal_bq = sigmoid_focal_loss(logits_bq.reshape(-1, 1, 1), wanted.view(-1, 1, 1), alpha, gamma).view_as(wanted)
     answered_b1 = (targets.num_objects_b > 0).float()[:, None]
@@ -135,7 +141,7 @@ def presence_loss(presence_b1: Tensor, targets: SetTargets) -> Tensor:
 
 def semantic_loss(logits_b1hw: Tensor, targets: SetTargets, masks_bthw: Tensor) -> Tensor:
     """Cross entropy and Dice of the union of all objects that answer a prompt, mean over prompts."""
-    valid = targets.valid_bt[..., None, None]
+    valid = targets.answers_bt[..., None, None]
     union_bhw = torch.where(valid, masks_bthw.float(), torch.zeros_like(masks_bthw, dtype=torch.float32)).amax(dim=1)
     logits_bhw = logits_b1hw[:, 0].float()
     entropy = F.binary_cross_entropy_with_logits(logits_bhw, union_bhw)

@@ -33,7 +33,7 @@ def test_giou_is_that_of_torchvision(problem):
 def test_the_assignment_is_the_cheapest_of_all(problem):
     logits, boxes, targets = problem
     matcher = BinaryHungarianMatcherV2()
-    costs = matcher._costs(logits, boxes, targets.boxes_btx)
+    costs = matcher._costs(logits, boxes, targets)
     matches = matcher(logits, boxes, targets)
     for b in range(3):
         objects = targets.valid_bt[b].nonzero()[:, 0].tolist()
@@ -66,6 +66,21 @@ def test_one_to_many_gives_each_object_several_queries(problem):
     assert counts.tolist() == [3, 3]
     in_third = matches.prompt == 2
     assert len(matches.query[in_third].unique()) == int(in_third.sum()) == 6  # three objects, as far as queries reach
+
+
+def test_objects_that_nobody_asks_for_get_queries_by_their_boxes_alone(problem):
+    logits, boxes, targets = problem
+    asked = torch.zeros_like(targets.valid_bt)
+    asked[0, 0] = True
+    targets = SetTargets(targets.boxes_btx, targets.valid_bt, asked)
+    assert targets.num_objects_b.tolist() == [1, 0, 0]
+    matcher = BinaryHungarianMatcherV2()
+    matches, others = matcher(logits, boxes, targets), matcher(-3 * logits, boxes, targets)
+    assert matches.target[matches.prompt == 2].sort().values.tolist() == [0, 2, 3]
+    assert torch.equal(matches.query[matches.prompt == 2], others.query[others.prompt == 2])
+    costs, flipped = matcher._costs(logits, boxes, targets), matcher._costs(-logits, boxes, targets)
+    assert torch.equal(costs[..., 1:], flipped[..., 1:])
+    assert not torch.allclose(costs[0, :, 0], flipped[0, :, 0])
 
 
 def test_no_objects_at_all_give_no_pairs(problem):

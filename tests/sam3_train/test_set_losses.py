@@ -89,3 +89,32 @@ def test_gradients_reach_every_head():
     leaves["pred_boxes"] = (outputs["pred_boxes"] * 0.8).requires_grad_()
     set_losses(leaves, targets, masks, MATCHER)["loss"].backward()
     assert all(leaf.grad is not None and leaf.grad.abs().sum() > 0 for leaf in leaves.values())
+
+
+def test_an_object_that_is_not_asked_for_gives_boxes_and_masks_and_a_low_score():
+    outputs, targets, masks = perfect()
+    asked = SetTargets(targets.boxes_btx, targets.valid_bt, torch.tensor([[True], [False]]))
+    outputs["presence_logit_dec"][1] = -20.0
+    outputs["semantic_seg"][1] = -20.0
+    terms = set_losses(outputs, asked, masks, MATCHER)
+    assert terms["loss"] < 1e-4, "prompt 1 is answered by nothing, so its scores do not count"
+    both = SetTargets(
+        targets.boxes_btx.repeat(1, 2, 1) + torch.tensor([[[0.0]], [[0.2]]]).transpose(0, 1)[..., :1],
+        torch.ones(2, 2, dtype=torch.bool),
+        torch.tensor([[True, False]] * 2),
+    )
+    outputs, _, _ = perfect()
+    outputs["pred_boxes"][:, 2] = both.boxes_btx[:, 1]
+    assert set_losses(outputs, both, None, MATCHER)["loss"] < 1e-4
+    outputs["pred_logits"][:, 2] = 20.0
+    assert set_losses(outputs, both, None, MATCHER)["score"] > 1.0
+    outputs["pred_boxes"][:, 2, 0] += 0.3
+    assert set_losses(outputs, both, None, MATCHER)["box"] > 0.1
+
+
+def test_cross_entropy_is_focal_loss_without_its_discount():
+    outputs, targets, masks = perfect()
+    outputs["pred_logits"][:] = 0.0
+    weights = SetLossWeights(score_alpha=0.5, score_gamma=0.0)
+    score = set_losses(outputs, targets, masks, MATCHER, weights)["score"]
+    assert float(score) == pytest.approx(0.5 * 3 * 0.6931, abs=1e-3)

@@ -19,15 +19,23 @@ class SetTargets:
     Attributes:
         boxes_btx: Normalised (cx, cy, w, h), (B, T, 4); any values where padded.
         valid_bt: True for objects, False for padding, (B, T).
+        asked_bt: Which of the objects a prompt really asks for, (B, T); None: all of them. The others still get queries
+            whose boxes and masks can be judged, and whose scores should be low.
     """
 
     boxes_btx: Tensor
     valid_bt: Tensor
+    asked_bt: Tensor | None = None
+
+    @property
+    def answers_bt(self) -> Tensor:
+        """True for the objects that the prompt asks for, (B, T)."""
+        return self.valid_bt if self.asked_bt is None else self.valid_bt & self.asked_bt
 
     @property
     def num_objects_b(self) -> Tensor:
-        """Objects per prompt, (B,); 0 for a prompt that nothing in the image answers."""
-        return self.valid_bt.sum(dim=1)
+        """Objects that each prompt asks for, (B,); 0 for a prompt that nothing in the image answers."""
+        return self.answers_bt.sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ class BinaryHungarianMatcherV2(nn.Module):
         """
         from scipy.optimize import linear_sum_assignment
 
-        costs_bqt = self._costs(logits_bq.float(), boxes_bqx.float(), targets.boxes_btx.float())
+        costs_bqt = self._costs(logits_bq.float(), boxes_bqx.float(), targets)
         counts = targets.valid_bt.sum(dim=1).tolist()
         order = targets.valid_bt.long().argsort(dim=1, descending=True, stable=True)
         costs_bqt = costs_bqt.gather(2, order[:, None].expand_as(costs_bqt)).cpu()
@@ -110,15 +118,17 @@ class BinaryHungarianMatcherV2(nn.Module):
         empty = [torch.zeros(0, dtype=torch.long)]
         return Matches(*(torch.cat(rows or empty).to(device) for rows in (prompts, queries, chosen)))
 
-    def _costs(self, logits_bq: Tensor, boxes_bqx: Tensor, targets_btx: Tensor) -> Tensor:
-        """Cost of giving each query each object, (B, Q, T)."""
+    def _costs(self, logits_bq: Tensor, boxes_bqx: Tensor, targets: SetTargets) -> Tensor:
+        """Cost of giving each query each object, (B, Q, T). The class speaks for objects alone that are asked for."""
+        targets_btx = targets.boxes_btx.float()
         log_p, log_not_p = nn.functional.logsigmoid(logits_bq), nn.functional.logsigmoid(-logits_bq)
         p = log_p.exp()
         as_object = -self.alpha * (1 - p) ** self.gamma * log_p
         as_nothing = -(1 - self.alpha) * p**self.gamma * log_not_p
         distance = (boxes_bqx[:, :, None] - targets_btx[:, None]).abs().sum(-1)
         giou = pairwise_giou(boxes_bqx, targets_btx)
-        return self.cost_class * (as_object - as_nothing)[..., None] + self.cost_bbox * distance - self.cost_giou * giou
+        by_class = (as_object - as_nothing)[..., None] * targets.answers_bt[:, None]
+        return self.cost_class * by_class + self.cost_bbox * distance - self.cost_giou * giou
 
 
 def pairwise_giou(boxes_bqx: Tensor, targets_btx: Tensor) -> Tensor:
