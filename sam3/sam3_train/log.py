@@ -136,17 +136,33 @@ class RunLog:
 
 
 def read_metrics(folder: str | Path, kind: str | None = None) -> list[dict[str, Any]]:
-    """The records of a run's ``metrics.jsonl``, oldest first; a last line cut off by a crash is left out."""
+    """The records of a run's ``metrics.jsonl``, oldest first; a last line cut off by a crash is left out.
+
+    Raises:
+        UserError: If another line is no record: the file was damaged later, and its numbers cannot be trusted.
+    """
     records = []
     path = Path(folder) / METRICS_NAME
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if kind is None or record.get("kind") == kind:
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        record = _parse_record(line)
+        if record is None and number < len(lines):
+            raise UserError(
+                f"{path}: line {number} of {len(lines)} is damaged: {line[:40]!r}. Remove that line, or move the file "
+                "away to go on without the numbers logged so far"
+            )
+        if record is not None and kind in (None, record.get("kind")):
             records.append(record)
     return records
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    """A line of ``metrics.jsonl``, or None if it is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _open_append(path: Path) -> IO[str]:

@@ -63,6 +63,18 @@ def test_the_log_of_a_resumed_run_has_no_doubled_parts(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["bad"] is None
 
 
+@pytest.mark.parametrize("damage", [b'{"kind": "tr', b"3", b"\x00\xff\x00"], ids=["torn", "a number", "noise"])
+def test_a_damaged_line_is_left_out_at_the_end_and_named_anywhere_else(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    good = b'{"kind": "train", "epoch": 0, "step": 1}'
+    path.write_bytes(good + b"\n" + damage)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+    path.write_bytes(good + b"\n" + damage + b"\n" + good + b"\n")
+    for call in (lambda: read_metrics(tmp_path), lambda: RunLog(tmp_path, tensorboard=False, resume_step=1)):
+        with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 of 3 is damaged.*Remove that line"):
+            call()
+
+
 def test_a_validation_that_is_done_again_is_logged_once(tmp_path):
     """D-49: killed between the log line and the epoch's checkpoint, a run validates that epoch again."""
     with RunLog(tmp_path, tensorboard=False) as log:
