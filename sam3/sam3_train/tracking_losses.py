@@ -27,6 +27,9 @@ class TrackingLossWeights:
     dice: float = 1.0
     iou: float = 1.0
     object_score: float = 1.0
+    others: float = 0.0
+    """How much the masks of the candidates that are not the best one count, relative to it. SAM 2 gives them nothing;
+    a small model's IoU head takes one of them by mistake more often, and its mask should not be arbitrary then."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -65,12 +68,14 @@ def answer_terms(answer: TrackingAnswer, weights: TrackingLossWeights) -> dict[s
     focal = sigmoid_focal_loss(logits, targets).view(num_objects, num_masks)
     dice = dice_loss(logits, targets).view(num_objects, num_masks)
     best = (weights.focal * focal + weights.dice * dice).detach().argmin(dim=1, keepdim=True)
+    candidates = torch.full_like(focal, weights.others).scatter(1, best, 1.0)
+    candidates = candidates / candidates.sum(dim=1, keepdim=True)
     iou = iou_l1_loss(answer.ious.flatten(), logits, targets).view(num_objects, num_masks).mean(dim=1)
     share = answer.present.to(focal.dtype) / num_objects
     score = answer.object_score_logits.float()[:, 0]
     return {
-        "focal": (focal.gather(1, best)[:, 0] * share).sum(),
-        "dice": (dice.gather(1, best)[:, 0] * share).sum(),
+        "focal": ((focal * candidates).sum(dim=1) * share).sum(),
+        "dice": ((dice * candidates).sum(dim=1) * share).sum(),
         "iou": (iou * share).sum(),
         "object_score": F.binary_cross_entropy_with_logits(score, answer.present.float()),
     }
@@ -94,7 +99,7 @@ def tracking_losses(answers: Iterable[TrackingAnswer], weights: TrackingLossWeig
     if not per_answer:
         raise ValueError("a clip without answers has no loss")
     terms = {name: torch.stack([one[name] for one in per_answer]).mean() for name in per_answer[0]}
-    loss = sum((weight * terms[name] for name, weight in vars(weights).items()), torch.zeros_like(terms["dice"]))
+    loss = sum((getattr(weights, name) * term for name, term in terms.items()), torch.zeros_like(terms["dice"]))
     return {"loss": loss, **terms}
 
 

@@ -47,6 +47,17 @@ def test_only_the_best_candidate_gets_a_mask_gradient() -> None:
     assert (answer.ious.grad != 0).all(), "every candidate's IoU is judged"
 
 
+def test_other_candidates_get_their_share() -> None:
+    answer = make_answer(num_objects=1)
+    focal = sigmoid_focal_loss(answer.mask_logits[0], answer.target.expand(3, -1, -1))
+    dice = dice_loss(answer.mask_logits[0], answer.target.expand(3, -1, -1))
+    best = int((20 * focal + dice).argmin())
+    weight = torch.full((3,), 0.25)
+    weight[best] = 1.0
+    losses = tracking_losses([answer], TrackingLossWeights(others=0.25))
+    torch.testing.assert_close(losses["dice"], (dice * weight).sum() / weight.sum())
+
+
 def test_absent_object_teaches_only_the_object_score() -> None:
     answer = dataclasses.replace(make_answer(), present=torch.tensor([True, False]))
     tracking_losses([answer])["loss"].backward()
