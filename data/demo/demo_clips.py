@@ -106,6 +106,39 @@ def render_frame(
     return np.clip(np.rint(image), 0, 255).astype(np.uint8), masks
 
 
+@dataclass(frozen=True)
+class Clip:
+    """A clip whose frames are drawn when they are asked for, in any order."""
+
+    image_hw: tuple[int, int]
+    num_frames: int
+    objects: list[MovingShape]
+    background: np.ndarray
+    """float32 RGB, wider than a frame by what the camera pans."""
+    photo: str
+    """File name of the background."""
+
+    def frame(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 RGB (H, W, 3) and the visible masks, bool (N, H, W)."""
+        width = self.image_hw[1]
+        pan = self.background.shape[1] - width
+        shift = round(pan * index / max(1, self.num_frames - 1))
+        return render_frame(self.background[:, shift : shift + width], self.objects, index, self.num_frames)
+
+
+def make_clip(seed: int, split: str, index: int, num_frames: int) -> Clip:
+    """Clip ``index`` of a split; the same arguments give the same pixels."""
+    rng = np.random.default_rng([seed, SPLITS.index(split), index, CLIP_STREAM])
+    height, width = CLIP_SIZES_HW[rng.integers(len(CLIP_SIZES_HW))]
+    pan = int(rng.integers(0, 25))
+    wide, photo = random_background(rng, split, (height, width + pan))
+    objects = [
+        sample_motion(rng, (height, width), num_frames)
+        for _ in range(int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)))
+    ]
+    return Clip((height, width), num_frames, objects, wide, photo)
+
+
 def write_clip(root: Path, seed: int, split: str, index: int, num_frames: int, jpeg_quality: int) -> str:
     """Write clip ``index`` of a split below ``root``; its folder appears whole or not at all.
 
@@ -117,22 +150,14 @@ def write_clip(root: Path, seed: int, split: str, index: int, num_frames: int, j
     if folder.is_dir():
         return name
     partial.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, SPLITS.index(split), index, CLIP_STREAM])
-    height, width = CLIP_SIZES_HW[rng.integers(len(CLIP_SIZES_HW))]
-    pan = int(rng.integers(0, 25))
-    wide, photo = random_background(rng, split, (height, width + pan))
-    objects = [
-        sample_motion(rng, (height, width), num_frames)
-        for _ in range(int(rng.integers(NUM_OBJECTS[0], NUM_OBJECTS[1] + 1)))
-    ]
+    clip = make_clip(seed, split, index, num_frames)
     rows: list[np.ndarray] = []
     for frame in range(num_frames):
-        shift = round(pan * frame / max(1, num_frames - 1))
-        image, masks = render_frame(wide[:, shift : shift + width], objects, frame, num_frames)
+        image, masks = clip.frame(frame)
         Image.fromarray(image).save(partial / f"{frame:05d}.jpg", quality=jpeg_quality)
         if frame % ANNOTATED_EVERY == 0:
             rows.append(masks)
-    record = describe_clip(name, split, (height, width), num_frames, objects, rows, photo)
+    record = describe_clip(name, split, clip.image_hw, num_frames, clip.objects, rows, clip.photo)
     (partial / f"{name}_manual.json").write_text(json.dumps(record))
     partial.rename(folder)
     return name
