@@ -31,60 +31,12 @@ TARGET = 1.2
 """Peak memory of load_model over the file's size."""
 
 
-def _memory_shapes(dim: int = 256, memory_dim: int = 64, mlp_dim: int = 2048) -> dict[str, tuple[int, ...]]:
-    """The tracker's memory in the released file, which no image model builds: 160 tensors."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "maskmem_tpos_enc": (7, 1, 1, memory_dim),
-        "no_mem_pos_enc": (1, 1, dim),
-        "no_obj_ptr": (1, dim),
-        "no_obj_embed_spatial": (1, memory_dim),
-    }
-
-    def layer(name: str, *weight: int, bias: int | None = None) -> None:
-        shapes[f"{name}.weight"] = weight
-        shapes[f"{name}.bias"] = (weight[0] if bias is None else bias,)
-
-    layer("mask_downsample", 1, 1, 4, 4)
-    layer("obj_ptr_tpos_proj", memory_dim, dim)
-    for i in range(3):
-        layer(f"obj_ptr_proj.layers.{i}", dim, dim)
-    for i in range(4):
-        block = f"transformer.encoder.layers.{i}"
-        for attention, key_dim in (("self_attn", dim), ("cross_attn_image", memory_dim)):
-            for name, width in (("q", dim), ("k", key_dim), ("v", key_dim), ("out", dim)):
-                layer(f"{block}.{attention}.{name}_proj", dim, width)
-        layer(f"{block}.linear1", mlp_dim, dim)
-        layer(f"{block}.linear2", dim, mlp_dim)
-        for j in (1, 2, 3):
-            layer(f"{block}.norm{j}", dim)
-    layer("transformer.encoder.norm", dim)
-    channels = (1, 4, 16, 64, 256)
-    for i in range(4):
-        layer(f"maskmem_backbone.mask_downsampler.encoder.{3 * i}", channels[i + 1], channels[i], 3, 3)
-        layer(f"maskmem_backbone.mask_downsampler.encoder.{3 * i + 1}", channels[i + 1])
-    layer("maskmem_backbone.mask_downsampler.encoder.12", dim, dim, 1, 1)
-    layer("maskmem_backbone.pix_feat_proj", dim, dim, 1, 1)
-    layer("maskmem_backbone.out_proj", memory_dim, dim, 1, 1)
-    for i in range(2):
-        block = f"maskmem_backbone.fuser.layers.{i}"
-        shapes[f"{block}.gamma"] = (dim,)
-        layer(f"{block}.dwconv", dim, 1, 7, 7)
-        layer(f"{block}.norm", dim)
-        layer(f"{block}.pwconv1", 4 * dim, dim)
-        layer(f"{block}.pwconv2", dim, 4 * dim)
-    return {f"tracker.{name}": shape for name, shape in shapes.items()}
-
-
 def released_tensors(config: Sam3Config) -> dict[str, Tensor]:
-    """All tensors of a released file, on the meta device: 1,465 for ``sam3``; other presets have no tracker memory."""
+    """All tensors of a released file, on the meta device: 1,465 for ``sam3``."""
     from sam3.model_builder import assemble_image_model
     from sam3.released_names import released_state_dict
 
-    model = assemble_image_model(config, enable_inst_interactivity=True, device="meta")
-    tensors = released_state_dict(model)
-    if config.name == "sam3":
-        tensors |= {name: torch.empty(shape, device="meta") for name, shape in _memory_shapes().items()}
-    return tensors
+    return released_state_dict(assemble_image_model(config, device="meta", enable_tracker=True))
 
 
 def write_random_checkpoint(path: Path, config: Sam3Config) -> None:
@@ -130,7 +82,7 @@ def _load_model(path: Path, _: None) -> nn.Module:
 def _fresh_model() -> Sam3Image:
     from sam3.model_builder import assemble_image_model
 
-    return assemble_image_model(Sam3Config.preset(os.environ["BENCH_LOAD_PRESET"]), enable_inst_interactivity=True)
+    return assemble_image_model(Sam3Config.preset(os.environ["BENCH_LOAD_PRESET"]), enable_tracker=True)
 
 
 def _by_hand(path: Path, model: Sam3Image) -> nn.Module:

@@ -49,20 +49,17 @@ def chosen_backbones(student: str) -> list[str]:
 
 
 def teacher_report() -> dict[str, Any]:
-    """The teacher's parameters by component; what is built here is counted, the rest comes from the released table.
+    """The teacher's parameters by component.
 
     Raises:
         RuntimeError: If a built component has another size than the released one.
     """
-    model = assemble_image_model(TEACHER, enable_inst_interactivity=True, device="meta")
+    model = assemble_image_model(TEACHER, device="meta", enable_tracker=True)
     built = compare_built(model)
     wrong = {name: counts for name, counts in built.items() if counts[0] != counts[1]}
     if wrong:
         raise RuntimeError(f"components differ from the released ones (released, built): {wrong}")
-    components = [
-        {"name": part.name, "parameters": part.parameters, "source": "built" if part.name in built else "table"}
-        for part in COMPONENTS
-    ]
+    components = [{"name": part.name, "parameters": part.parameters} for part in COMPONENTS]
     return {
         "components": components,
         "parameters": TOTAL,
@@ -154,13 +151,12 @@ def format_report(report: dict[str, Any]) -> str:
     teacher = report["teacher"]
     lines = [f"Teacher: SAM 3, {_millions(teacher['parameters'])}M parameters"]
     rows = [
-        [part["name"], _millions(part["parameters"]), f"{part['parameters'] / TOTAL:.1%}", part["source"]]
+        [part["name"], _millions(part["parameters"]), f"{part['parameters'] / TOTAL:.1%}"]
         for part in teacher["components"]
     ]
-    lines += _table(["component", "M", "share", "counted on"], rows)
+    lines += _table(["component", "M", "share"], rows)
     lines.append(
-        f"built: counted on the model of this package. table: known sizes of parts that it does not build. Vision "
-        f"encoder (trunk and both necks): {_millions(teacher['vision_encoder_parameters'])}M. Trunk: "
+        f"Vision encoder (trunk and both necks): {_millions(teacher['vision_encoder_parameters'])}M. Trunk: "
         f"{_giga(teacher['trunk_flops'])} GFLOPs at {TEACHER.image_size_px} px"
         + (f", {teacher['trunk_latency_s']:.2f} s." if "trunk_latency_s" in teacher else ".")
     )

@@ -12,18 +12,16 @@ from torch import Tensor
 from sam3.config import Sam3Config, StudentConfig
 from sam3.model.sam3_image import Sam3Image
 from sam3.model_builder import assemble_image_model
-from sam3.released_names import UNBUILT_PARTS, released_state_dict
+from sam3.released_names import released_state_dict
 
 TINY = Sam3Config.preset("tiny")
 STUDENT = "efficientvit_b0"
-# One key of each part of the tracker's memory, which the released file has and no image model builds.
-MEMORY = {part + ("weight" if part.endswith(".") else ""): torch.zeros(2) for part in UNBUILT_PARTS}
 
 
 def make_model(config: Sam3Config = TINY, seed: int = 0, **parts: bool) -> Sam3Image:
     """A model with fresh weights, in eval mode, with every part that is not switched off."""
     torch.manual_seed(seed)
-    switches = {"enable_inst_interactivity": True, "enable_detector": True, **parts}
+    switches = {"enable_tracker": True, "enable_detector": True, **parts}
     return assemble_image_model(config, **switches).eval()
 
 

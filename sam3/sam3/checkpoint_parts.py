@@ -14,7 +14,7 @@ SEGMENTATION_PREFIX = "detector.segmentation_head."
 DETECTOR_CORE_PREFIXES = ("detector.geometry_encoder.", "detector.transformer.", "detector.dot_prod_scoring.")
 """What every detector has: they are built together or not at all."""
 HEADS_PREFIXES = ("tracker.sam_prompt_encoder.", "tracker.sam_mask_decoder.", "tracker.no_mem_embed")
-UNBUILT_PARTS = (
+MEMORY_PREFIXES = (
     "tracker.maskmem_tpos_enc",
     "tracker.no_mem_pos_enc",
     "tracker.no_obj_ptr",
@@ -25,7 +25,7 @@ UNBUILT_PARTS = (
     "tracker.transformer.",
     "tracker.maskmem_backbone.",
 )
-"""Parts of the released file that an image model never has: the tracker's memory."""
+"""What a tracker has beyond the SAM heads: memory encoder, memory attention, pointers and their tables."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,9 @@ TEXT = Part("text encoder", (TEXT_PREFIX,))
 DETECTOR = Part("detector", DETECTOR_CORE_PREFIXES)
 SEGMENTATION = Part("segmentation head", (SEGMENTATION_PREFIX,))
 HEADS = Part("SAM heads", (SAM2_NECK_PREFIX, *HEADS_PREFIXES))
-MEMORY = Part("tracker memory", UNBUILT_PARTS)
-BUILT_PARTS = (TRUNK, NECK, TEXT, DETECTOR, SEGMENTATION, HEADS)
-"""What an image model can have."""
-PARTS = (*BUILT_PARTS, MEMORY)
+MEMORY = Part("tracker memory", MEMORY_PREFIXES)
+"""Needs the SAM heads."""
+PARTS = (TRUNK, NECK, TEXT, DETECTOR, SEGMENTATION, HEADS, MEMORY)
 POINT_PROMPTS = "point prompts of the detector"
 """Stands in ``missing_parts`` for `sam3.hf_keys.POINT_PROJECTIONS`, which files of Hugging Face lack."""
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from sam3.backbones import backbone_spec
 from sam3.checkpoint_fit import RECOMPUTED_SUFFIX, first, fit_problems
 from sam3.checkpoint_io import CheckpointError, CheckpointFile, read_checkpoint
-from sam3.checkpoint_parts import MEMORY, PARTS, part_of
+from sam3.checkpoint_parts import PARTS, part_of
 from sam3.recognition import Recognised, recognise
 from sam3.released_names import to_released
 
@@ -36,7 +36,7 @@ class PartContent:
 
     Attributes:
         name: As in `sam3.checkpoint_parts`.
-        state: ``complete``, ``partial``, ``absent``, or ``not read`` for what an image model does not have.
+        state: ``complete``, ``partial``, ``absent``, or ``not read`` where another part lacks that it needs.
         tensors: Tensors in the file, buffers included.
         parameters: Numbers in them, buffers not included.
         missing: Tensors that the model needs and the file lacks; 0 for an absent part.
@@ -226,7 +226,7 @@ def _parts(found: Recognised, expected: Mapping[str, Tensor]) -> list[PartConten
         parameters = sum(value.numel() for key, value in own.items() if not key.endswith(_BUFFERS))
         if not own:
             state = "absent"
-        elif part is MEMORY or not needed:
+        elif not needed:
             state = "not read"
         else:
             state = "partial" if missing else "unfit" if fit_problems(own, needed) else "complete"

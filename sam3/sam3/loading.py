@@ -35,9 +35,10 @@ def load_model(
     is executed. The model is built without memory and takes the file's tensors, memory-mapped on the CPU, so the peak
     is about the file's size.
 
-    The model has the parts that the file has. Text encoder, detector, segmentation head and SAM heads may each be
-    absent as a whole: ``model.missing_parts`` names them. A part that is there only in half is an error. A file of
-    Hugging Face gives a detector without point prompts, because their weights have no place in its layout.
+    The model has the parts that the file has. Text encoder, detector, segmentation head, SAM heads and the tracker's
+    memory may each be absent as a whole: ``model.missing_parts`` names them. A part that is there only in half is an
+    error. A file of Hugging Face gives a detector without point prompts, because their weights have no place in its
+    layout.
 
     Args:
         path_or_hub_id: A file, an index of shards, a folder, or a model on the Hub: ``facebook/sam3``, or

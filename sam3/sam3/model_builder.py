@@ -18,6 +18,7 @@ from sam3.model.geometry import SequenceGeometryEncoder
 from sam3.model.matcher import BinaryHungarianMatcherV2
 from sam3.model.necks import Sam3DualViTDetNeck
 from sam3.model.sam3_image import Sam3Image
+from sam3.model.sam3_tracker import Sam3Tracker
 from sam3.model.scoring import DotProductScoring
 from sam3.model.segmentation_head import UniversalSegmentationHead
 from sam3.model.student_encoder import StudentTrunk, build_student
@@ -68,8 +69,9 @@ def assemble_image_model(
     enable_detector: bool = True,
     enable_text_encoder: bool = True,
     enable_segmentation: bool = True,
+    enable_tracker: bool = False,
 ) -> Sam3Image:
-    """The image model with fresh weights, in training mode. Trunk and detector neck are always built.
+    """The model with fresh weights, in training mode. Trunk and detector neck are always built.
 
     Args:
         config: Sizes.
@@ -81,14 +83,16 @@ def assemble_image_model(
             parts, which only they read, are left out too.
         enable_text_encoder: Build the text encoder. Without it, text features come from the caller.
         enable_segmentation: Build the detector's mask head. Without it the detector gives boxes alone.
+        enable_tracker: Build the tracker, which is the SAM heads with a memory, and what they need.
     """
+    enable_inst_interactivity = enable_inst_interactivity or enable_tracker
     device = torch.device(device or "cpu")
     trunk_device = torch.device("cpu") if device.type == "meta" and config.student is not None else device
     with building_on(trunk_device):
         trunk = build_trunk(config)
     with building_on(device):
         neck = Sam3DualViTDetNeck(trunk, config, add_sam2_neck=enable_inst_interactivity)
-        heads = SamHeads(config) if enable_inst_interactivity else None
+        heads = (Sam3Tracker if enable_tracker else SamHeads)(config) if enable_inst_interactivity else None
         text = VETextEncoder(config.text, config.hidden_dim) if enable_detector and enable_text_encoder else None
         detector = _build_detector(config, enable_segmentation) if enable_detector else {}
         preprocess = preprocess or Preprocess(size_px=config.image_size_px)
@@ -119,6 +123,7 @@ def build_sam3_image_model(
     compile: bool = False,
     *,
     enable_detector: bool = True,
+    enable_tracker: bool = False,
     bpe_path: str | Path | None = None,
     config: Sam3Config | str = "sam3",
     preprocess: Preprocess | None = None,
@@ -137,6 +142,7 @@ def build_sam3_image_model(
         compile: Compile the trunk with ``torch.compile`` (takes effect at its first call).
         enable_detector: False leaves out all of the detector behind its neck: an image encoder, with the SAM heads if
             ``enable_inst_interactivity``.
+        enable_tracker: Masks through videos: ``model.tracker``, which is the SAM heads with a memory.
         bpe_path: The tokenizer's vocabulary; accepted so that released calls work, as it comes with a package.
         config: A preset's name or a description.
         preprocess: Default: stretch to the model's size.
@@ -156,6 +162,7 @@ def build_sam3_image_model(
         enable_detector=enable_detector,
         enable_text_encoder=enable_text_encoder,
         enable_segmentation=enable_segmentation,
+        enable_tracker=enable_tracker,
     )
     if path is not None:
         state_dict, _ = read_state_dict(path)
@@ -175,6 +182,7 @@ def build_efficientsam3_image_model(
     compile: bool = False,
     *,
     enable_detector: bool = True,
+    enable_tracker: bool = False,
     bpe_path: str | Path | None = None,
     config: Sam3Config | str = "sam3",
     preprocess: Preprocess | None = None,
@@ -197,6 +205,7 @@ def build_efficientsam3_image_model(
         enable_text_encoder: As there.
         compile: As there.
         enable_detector: As there.
+        enable_tracker: As there.
         bpe_path: As there.
         config: Without a file, sizes of everything but the student. With one, the file says them.
         preprocess: As there; the record of the file, if it has one, must agree.
@@ -213,6 +222,7 @@ def build_efficientsam3_image_model(
         "enable_detector": enable_detector,
         "enable_text_encoder": enable_text_encoder,
         "enable_segmentation": enable_segmentation,
+        "enable_tracker": enable_tracker,
     }
     if checkpoint_path is not None:
         model = _open_student(Path(checkpoint_path), backbone, preprocess, parts)

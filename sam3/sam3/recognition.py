@@ -23,10 +23,11 @@ from sam3.checkpoint_keys import (
     strip_prefixes,
 )
 from sam3.checkpoint_parts import (
-    BUILT_PARTS,
     DETECTOR,
     HEADS,
+    MEMORY,
     NECK_PREFIX,
+    PARTS,
     POINT_PROMPTS,
     SEGMENTATION,
     TEXT,
@@ -44,7 +45,7 @@ from sam3.released_names import HEADS_PREFIX, absent_parts, released_layout, to_
 _NECK_KEY = NECK_PREFIX + "2.conv_1x1.weight"
 _BARE = tuple(
     prefix.removeprefix(DETECTOR_PREFIX)
-    for part in BUILT_PARTS
+    for part in PARTS
     for prefix in part.prefixes
     if prefix.startswith(DETECTOR_PREFIX)
 )
@@ -58,7 +59,7 @@ class Recognised:
     Attributes:
         source: The file's name, for errors.
         layout: Whose names the file has, in words.
-        weights: Under the released names; with the tracker's memory, which no image model has.
+        weights: Under the released names.
         metadata: The record of this project's files; {} for others.
         config: What the model is.
         preprocess: What the record says about images, or None.
@@ -83,8 +84,10 @@ class Recognised:
     def missing_parts(self) -> tuple[str, ...]:
         """Names of the parts that a whole model has and this one does not."""
         has_detector = DETECTOR in self.parts
-        built = [p for p in BUILT_PARTS if p in self.parts and (has_detector or p not in (TEXT, SEGMENTATION))]
-        missing = [part.name for part in BUILT_PARTS if part not in built]
+        useless = set() if has_detector else {TEXT, SEGMENTATION}
+        if HEADS not in self.parts:
+            useless.add(MEMORY)
+        missing = [part.name for part in PARTS if part not in self.parts or part in useless]
         return (*missing, *([POINT_PROMPTS] if has_detector and not self.has_point_prompts else []))
 
     def assemble(self, preprocess: Preprocess | None = None) -> Sam3Image:
@@ -97,6 +100,7 @@ class Recognised:
             enable_detector=DETECTOR in self.parts,
             enable_text_encoder=TEXT in self.parts,
             enable_segmentation=SEGMENTATION in self.parts,
+            enable_tracker=HEADS in self.parts and MEMORY in self.parts,
         )
 
     def weights_for(self, model: Sam3Image) -> dict[str, Tensor]:
@@ -192,7 +196,7 @@ def _identify_student(released: Mapping[str, Tensor], source: str) -> StudentCon
 def _nearest_layout(released: Mapping[str, Tensor], source: str) -> str:
     layouts = {}
     for name, config in PRESETS.items():
-        model = assemble_image_model(config, enable_inst_interactivity=True, device="meta", enable_detector=True)
+        model = assemble_image_model(config, device="meta", enable_tracker=True)
         own = to_released(model.state_dict(), config)
         layouts[name] = {key: value.shape for key, value in own.items() if not key.endswith(RECOMPUTED_SUFFIX)}
     found = {key: value.shape for key, value in released.items()}

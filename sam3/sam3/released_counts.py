@@ -1,8 +1,7 @@
 """Parameters of the released SAM 3, component by component: facts, for reports.
 
 Counted on the model of Meta's ``sam3`` package 0.1.4 built on the meta device; buffers are not parameters. The names
-are those of the released file. An image model has all of them but the tracker's memory (`compare_built`); the table is
-the one place where the size of that is written down.
+are those of the released file; `compare_built` holds a built model against them.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+
+from sam3.checkpoint_parts import HEADS_PREFIXES, MEMORY_PREFIXES
 
 TRUNK = 446_237_696
 NECK = 7_802_112
@@ -26,12 +27,17 @@ class Component:
     prefix: str
     """Where its parameters are in a released file."""
     parameters: int
-    built_as: tuple[str, ...] = ()
-    """Where its parameters are in a `Sam3Image`; empty for what no image model has."""
+    built_as: tuple[str, ...]
+    """Where its parameters are in a `Sam3Image`."""
 
 
 _VISION = "backbone.vision_backbone."
-_HEADS = "inst_interactive_predictor.model."
+_TRACKER = "inst_interactive_predictor.model."
+
+
+def _in_tracker(prefixes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(_TRACKER + prefix.removeprefix("tracker.") for prefix in prefixes)
+
 
 COMPONENTS = (
     Component("vision trunk (ViT)", "detector.backbone.vision_backbone.trunk.", TRUNK, (f"{_VISION}trunk.",)),
@@ -44,20 +50,19 @@ COMPONENTS = (
     Component("detector transformer", "detector.transformer.", 21_047_605, ("transformer.",)),
     Component("segmentation head", "detector.segmentation_head.", 2_298_881, ("segmentation_head.",)),
     Component("text scoring", "detector.dot_prod_scoring.", 1_182_976, ("dot_prod_scoring.",)),
-    Component("SAM heads", "tracker.sam_* and tracker.no_mem_embed", 4_221_585, (_HEADS,)),
-    Component("tracker memory", "tracker.*, the rest", 7_521_777),
+    Component("SAM heads", "tracker.sam_* and tracker.no_mem_embed", 4_221_585, _in_tracker(HEADS_PREFIXES)),
+    Component("tracker memory", "tracker.*, the rest", 7_521_777, _in_tracker(MEMORY_PREFIXES)),
 )
 
 
 def compare_built(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Component name -> (parameters in the table, parameters built), for what a `Sam3Image` contains.
+    """Component name -> (parameters in the table, parameters built).
 
     Args:
-        model: An image model with all parts, of the ``sam3`` preset; may be on the meta device.
+        model: A model with all parts, of the ``sam3`` preset; may be on the meta device.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     built = {}
     for part in COMPONENTS:
-        if part.built_as:
-            built[part.name] = (part.parameters, sum(n for name, n in sizes.items() if name.startswith(part.built_as)))
+        built[part.name] = (part.parameters, sum(n for name, n in sizes.items() if name.startswith(part.built_as)))
     return built

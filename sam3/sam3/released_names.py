@@ -1,7 +1,7 @@
 """Between a built model's state dict and the released layout (``detector.*``, ``tracker.*``).
 
-The model's own names are the released ones without ``detector.``; the SAM heads, ``tracker.*`` in a file, live under
-``inst_interactive_predictor.model.``; a student's network has timm's names inside and published names in a file.
+The model's own names are the released ones without ``detector.``; SAM heads and tracker, ``tracker.*`` in a file, live
+under ``inst_interactive_predictor.model.``; a student's network has timm's names inside and published names in a file.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sam3.checkpoint_keys import (
 )
 from sam3.checkpoint_parts import (
     DETECTOR_CORE_PREFIXES,
+    MEMORY_PREFIXES,
     SAM2_NECK_PREFIX,
     SEGMENTATION_PREFIX,
     TEXT_PREFIX,
-    UNBUILT_PARTS,
 )
 from sam3.config import Sam3Config
 from sam3.model.sam3_image import Sam3Image
@@ -39,9 +39,11 @@ HEADS_PREFIX = "inst_interactive_predictor.model."
 
 def absent_parts(model: Sam3Image) -> tuple[str, ...]:
     """Beginnings of the released names that a file may hold and this model was built without."""
-    absent: tuple[str, ...] = UNBUILT_PARTS
+    absent: tuple[str, ...] = ()
     if model.inst_interactive_predictor is None:
         absent += (SAM2_NECK_PREFIX, TRACKER_PREFIX)
+    elif not model.has_tracker:
+        absent += MEMORY_PREFIXES
     if not model.has_detector:
         absent += DETECTOR_CORE_PREFIXES
     if model.segmentation_head is None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import MEMORY, STUDENT, TINY, student_model, whole_model, whole_weights
+from checkpoint_files import STUDENT, TINY, student_model, whole_model, whole_weights
 from safetensors import safe_open
 
 from sam3 import conversion
 from sam3.checkpoint_io import CheckpointError, read_checkpoint, read_state_dict, write_merged
-from sam3.checkpoint_parts import POINT_PROMPTS
+from sam3.checkpoint_parts import MEMORY_PREFIXES, POINT_PROMPTS
 from sam3.conversion import ConversionRequest, convert_checkpoint
 from sam3.convert import main
 from sam3.hf_keys import POINT_PROJECTIONS
@@ -27,9 +27,8 @@ PREPROCESS = {"size_px": TINY.image_size_px, "mode": "letterbox"}
 
 @pytest.fixture
 def meta_file(tmp_path: Path) -> Path:
-    """As Meta's: flat, complex rotary tables, no record; with tensors of the tracker's memory."""
-    memory = {"tracker.no_obj_ptr": torch.randn(1, 64), "tracker.maskmem_backbone.out_proj.bias": torch.randn(8)}
-    torch.save(whole_weights() | memory, tmp_path / "sam3.pt")
+    """As Meta's: flat, complex rotary tables, no record."""
+    torch.save(whole_weights(), tmp_path / "sam3.pt")
     return tmp_path / "sam3.pt"
 
 
@@ -194,9 +193,9 @@ def test_a_result_that_differs_never_appears(meta_file: Path, tmp_path: Path, mo
         convert_checkpoint(ConversionRequest(meta_file, tmp_path / "out.pt"))
 
     def forgetful(path: Path, weights: dict, metadata: dict, dtype: torch.dtype | None) -> None:
-        write_merged(path, {k: v for k, v in weights.items() if k not in MEMORY and "no_obj" not in k}, metadata, dtype)
+        write_merged(path, {k: v for k, v in weights.items() if not k.startswith(MEMORY_PREFIXES)}, metadata, dtype)
 
     monkeypatch.setattr(conversion, "write_merged", forgetful)
-    with pytest.raises(CheckpointError, match=r"not written, tracker\.no_obj_ptr would be missing"):
+    with pytest.raises(CheckpointError, match=r"not written, tracker\.maskmem_tpos_enc would be missing"):
         convert_checkpoint(ConversionRequest(meta_file, tmp_path / "out.pt"))
     assert list(tmp_path.iterdir()) == [meta_file]

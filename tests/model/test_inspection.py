@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import MEMORY, STUDENT, TINY, student_model, whole_weights
+from checkpoint_files import STUDENT, TINY, student_model, whole_weights
 from safetensors.torch import save_file
 
 from sam3.checkpoint_io import write_merged
+from sam3.checkpoint_parts import HEADS
 from sam3.hf_keys import released_to_hf
 from sam3.inspect import main
 from sam3.inspection import inspect_checkpoint
@@ -25,7 +26,7 @@ def inspect_json(capsys: pytest.CaptureFixture[str], *words: object) -> dict:
 
 
 def test_a_released_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"model": whole_weights() | MEMORY}, tmp_path / "sam3.pt")
+    torch.save({"model": whole_weights()}, tmp_path / "sam3.pt")
     result = inspect_json(capsys, tmp_path / "sam3.pt")
     assert result["layout"] == "released, under 'model'"
     assert result["container"] == "torch"
@@ -33,10 +34,17 @@ def test_a_released_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert result["missing_parts"] == []
     assert result["non_finite"] == []
     assert result["dtypes"]["complex64"] == TINY.trunk.depth
-    states = {part["name"]: part["state"] for part in result["parts"]}
-    assert states.pop("tracker memory") == "not read"
-    assert set(states.values()) == {"complete"}
+    assert {part["state"] for part in result["parts"]} == {"complete"}
     assert sum(part["tensors"] for part in result["parts"]) == result["num_tensors"]
+
+
+def test_a_memory_without_the_heads_is_not_read(tmp_path: Path) -> None:
+    memory = {key: value for key, value in whole_weights().items() if not key.startswith(HEADS.prefixes)}
+    torch.save(memory, tmp_path / "memory.pt")
+    result = inspect_checkpoint(tmp_path / "memory.pt")
+    states = {part.name: part.state for part in result.parts}
+    assert (states["SAM heads"], states["tracker memory"]) == ("absent", "not read")
+    assert result.missing_parts == ["SAM heads", "tracker memory"]
 
 
 def test_parameters_do_not_count_buffers(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoint_files import MEMORY, STUDENT, TINY, make_model, student_model, whole_model, whole_weights
+from checkpoint_files import STUDENT, TINY, make_model, student_model, whole_model, whole_weights
 from safetensors.torch import save_file
 from students import RELEASED
 from torch import Tensor
 
 from sam3.checkpoint_io import INDEX_SUFFIX, CheckpointError, CheckpointFile, write_merged
 from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX, student_to_published
-from sam3.checkpoint_parts import DETECTOR, HEADS, POINT_PROMPTS, SEGMENTATION, TEXT, Part
+from sam3.checkpoint_parts import DETECTOR, HEADS, MEMORY, MEMORY_PREFIXES, POINT_PROMPTS, SEGMENTATION, TEXT, Part
 from sam3.config import Sam3Config, StudentConfig
 from sam3.hf_keys import POINT_PROJECTIONS, released_to_hf
 from sam3.loading import load_model
@@ -26,7 +26,7 @@ from sam3.model.sam3_image import Sam3Image
 from sam3.model_builder import assemble_image_model, build_sam3_image_model, build_sam3_trunk
 from sam3.preprocess import Preprocess, PreprocessMismatchError
 from sam3.recognition import recognise
-from sam3.released_names import UNBUILT_PARTS, released_state_dict
+from sam3.released_names import released_state_dict
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,6 @@ def assert_same_model(loaded: Sam3Image, expected: Sam3Image, image: Tensor | No
 LAYOUTS: dict[str, Callable[[dict[str, Tensor]], object]] = {
     "flat": lambda sd: sd,
     "under model": lambda sd: {"model": sd},
-    "with the tracker's memory": lambda sd: sd | MEMORY,
     "without detector.": lambda sd: {k.removeprefix("detector."): v for k, v in sd.items()},
     "DDP": lambda sd: {"module." + k: v for k, v in sd.items()},
     "a saved model of Meta's image builder": lambda sd: {
@@ -130,10 +129,10 @@ def test_the_nine_released_students_are_recognised_at_full_size() -> None:
     """By names and shapes alone: no weights, no record. The counts are those of the published merged files."""
     for name, released in RELEASED.items():
         config = Sam3Config(student=StudentConfig(released.backbone))
-        model = assemble_image_model(config, enable_inst_interactivity=True, device="meta", enable_detector=True)
+        model = assemble_image_model(config, device="meta", enable_tracker=True)
         names = {key: value.to("meta") for key, value in released_state_dict(model).items()}
-        assert len(names) == released.num_merged_keys - 160, name  # the tracker's memory
-        found = recognise(CheckpointFile(Path(name), (), "torch", names | MEMORY, {}))
+        assert len(names) == released.num_merged_keys, name
+        found = recognise(CheckpointFile(Path(name), (), "torch", names, {}))
         assert found.config == config, name
         assert found.missing_parts == (), name
         found.check(model)
@@ -141,7 +140,7 @@ def test_the_nine_released_students_are_recognised_at_full_size() -> None:
 
 @pytest.fixture(scope="module")
 def hf_weights(teacher: Sam3Image) -> dict[str, Tensor]:
-    weights = released_to_hf(released_state_dict(teacher) | {"tracker.no_obj_ptr": torch.zeros(1, 64)})
+    weights = released_to_hf(released_state_dict(teacher))
     return {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
 
 
@@ -168,7 +167,7 @@ def test_hugging_face_layouts(tmp_path: Path, teacher: Sam3Image, hf_weights, im
     if "shards" in form:
         path = save_shards(tmp_path, hf_weights, 3)
     loaded = load_model(tmp_path if "folder" in form else path, device="cpu")
-    heads = () if form != "Sam3Model" else (HEADS.name,)
+    heads = () if form != "Sam3Model" else (HEADS.name, MEMORY.name)
     assert loaded.missing_parts == (*heads, POINT_PROMPTS)
     if form == "file":
         with torch.no_grad():
@@ -191,7 +190,9 @@ def test_what_hugging_face_does_not_know_is_said(tmp_path: Path, hf_weights) -> 
 ABSENT = {
     "text encoder": ((TEXT,), (TEXT.name,)),
     "segmentation head": ((SEGMENTATION,), (SEGMENTATION.name,)),
-    "SAM heads": ((HEADS,), (HEADS.name,)),
+    "tracker memory": ((MEMORY,), (MEMORY.name,)),
+    "SAM heads and memory": ((HEADS, MEMORY), (HEADS.name, MEMORY.name)),
+    "SAM heads alone": ((HEADS,), (HEADS.name, MEMORY.name)),
     "detector and what hangs on it": ((DETECTOR, TEXT, SEGMENTATION), (TEXT.name, DETECTOR.name, SEGMENTATION.name)),
     "detector alone": ((DETECTOR,), (TEXT.name, DETECTOR.name, SEGMENTATION.name)),
     "point projections": ((Part("points", POINT_PROJECTIONS),), (POINT_PROMPTS,)),
@@ -206,6 +207,7 @@ def test_parts_may_be_absent_as_a_whole(tmp_path: Path, name: str) -> None:
     loaded = load_model(tmp_path / "part.pt", device="cpu")
     assert loaded.missing_parts == missing
     assert (loaded.inst_interactive_predictor is None) == (HEADS.name in missing)
+    assert loaded.has_tracker == (MEMORY.name not in missing)
     assert loaded.has_detector == (DETECTOR.name not in missing)
     assert (loaded.segmentation_head is None) == (SEGMENTATION.name in missing)
     assert (loaded.backbone.language_backbone is None) == (TEXT.name in missing)
@@ -213,10 +215,10 @@ def test_parts_may_be_absent_as_a_whole(tmp_path: Path, name: str) -> None:
     assert all(torch.equal(value, theirs[key]) for key, value in own.items() if key not in POINT_PROJECTIONS)
 
 
-POINTS = Part("detector", POINT_PROJECTIONS)
+HALVED = (TEXT, DETECTOR, SEGMENTATION, HEADS, MEMORY, Part("detector", POINT_PROJECTIONS))
 
 
-@pytest.mark.parametrize("part", [TEXT, DETECTOR, SEGMENTATION, HEADS, POINTS], ids=lambda part: part.prefixes[0])
+@pytest.mark.parametrize("part", HALVED, ids=lambda part: part.prefixes[0])
 @pytest.mark.parametrize("rest", [1, -1], ids=["one tensor is there", "one tensor is absent"])
 def test_a_part_that_is_there_in_half_is_an_error(tmp_path: Path, part: Part, rest: int) -> None:
     weights = whole_weights()
@@ -238,6 +240,8 @@ def test_half_precision_files_compute_in_float32_unless_asked(tmp_path: Path, te
     assert {p.dtype for p in low.parameters()} == {torch.bfloat16}
     # Rounding the Fourier matrix would move every point code by many degrees.
     assert low.heads.sam_prompt_encoder.pe_layer.positional_encoding_gaussian_matrix.dtype == torch.float32
+    for table in (low.tracker.transformer.encoder.rotary.table, low.tracker.memory_code.table):
+        assert table.dtype == torch.float32
 
 
 def test_bf16_predictions_stay_close(tmp_path: Path, teacher: Sam3Image) -> None:
@@ -277,9 +281,14 @@ def test_names_that_are_neither_file_nor_hub_model(tmp_path: Path) -> None:
 
 
 def test_builder_loads_with_and_without_interactivity(tmp_path: Path, teacher: Sam3Image, image: Tensor) -> None:
-    torch.save(released_state_dict(teacher) | MEMORY, tmp_path / "sam3.pt")
+    torch.save(released_state_dict(teacher), tmp_path / "sam3.pt")
     options = {"checkpoint_path": tmp_path / "sam3.pt", "config": "tiny", "device": "cpu"}
-    assert_same_model(build_sam3_image_model(**options, enable_inst_interactivity=True), teacher, image)
+    assert_same_model(build_sam3_image_model(**options, enable_tracker=True), teacher, image)
+    heads = build_sam3_image_model(**options, enable_inst_interactivity=True)
+    assert not heads.has_tracker
+    assert torch.equal(heads.image_features(image).embedding, teacher.image_features(image).embedding)
+    with pytest.raises(ValueError, match="this model has no tracker: build it with enable_tracker=True"):
+        heads.tracker_features(image)
     plain = build_sam3_image_model(**options, eval_mode=False)
     assert plain.inst_interactive_predictor is None
     assert plain.training
@@ -322,9 +331,10 @@ def test_preprocess_of_another_size_is_refused() -> None:
         build_sam3_image_model(load_from_HF=False, config="tiny", preprocess=Preprocess(1008))
 
 
-def test_accepted_leftovers_are_whole_parts_and_none_is_built() -> None:
-    assert all(part.startswith(("detector.", "tracker.")) for part in UNBUILT_PARTS)
-    assert not any(TRUNK_PREFIX.startswith(part) or "tracker.sam_" in part for part in UNBUILT_PARTS)
+def test_the_memory_is_what_the_tracker_has_beyond_the_heads() -> None:
+    with_memory = {key for key in whole_weights() if key.startswith("tracker.")}
+    heads = set(released_state_dict(make_model(enable_tracker=False, enable_inst_interactivity=True)))
+    assert {key for key in with_memory if key.startswith(MEMORY_PREFIXES)} == with_memory - heads
 
 
 def test_importing_the_package_changes_nothing() -> None:

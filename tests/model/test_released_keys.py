@@ -11,8 +11,8 @@ from sam3.config import Sam3Config
 from sam3.model.data_misc import FindStage
 from sam3.model.sam3_image import Sam3Image
 from sam3.model_builder import assemble_image_model, build_trunk
-from sam3.released_counts import COMPONENTS, TOTAL
-from sam3.released_names import UNBUILT_PARTS, from_released, released_state_dict
+from sam3.released_counts import TOTAL, compare_built
+from sam3.released_names import from_released, released_state_dict
 
 VISION = "detector.backbone.vision_backbone."
 # Of sorted lines "key (shape)" of the released file: number of keys, parameters, SHA-256.
@@ -38,15 +38,13 @@ GROUPS = {
     ),
     "detector.segmentation_head.": (28, 2_298_881, "d0933bf552a1a37412da053e391728670eaf2c1c454233e63efbeec22d79d156"),
     "detector.dot_prod_scoring.": (10, 1_182_976, "0827f0ff3996c0baa1888b401923ce95f17e2fe7595649b6a512a800a6102313"),
-    "tracker.sam_prompt_encoder.": (17, 6_220, "3c0f6f88a5843acd25d51b7c1df9c53265e3cef710b5da9b5a46617940dcc40f"),
-    "tracker.sam_mask_decoder.": (131, 4_215_109, "fa788ab4e4b0819cf402db3ed69b1c70f480b9eef6cbfb0c72270acef84b907c"),
-    "tracker.no_mem_embed": (1, 256, "dd78fcfbfd9374948b4cc9dfc18224bd58c398560c95f5203ca7a19a5c9f3e85"),
+    "tracker.": (309, 11_743_362, "7c451572439e76729dc1b36134693c9b78905735c39b00c72b18fecf8a89875a"),
 }
 
 
 @pytest.fixture(scope="module")
 def released_model() -> Sam3Image:
-    return assemble_image_model(Sam3Config(), enable_inst_interactivity=True, device="meta")
+    return assemble_image_model(Sam3Config(), device="meta", enable_tracker=True)
 
 
 def _hash(lines: list[str]) -> str:
@@ -65,8 +63,8 @@ def test_keys_and_shapes_are_those_of_the_released_file(released_model: Sam3Imag
 
 def test_nothing_else_is_built(released_model: Sam3Image) -> None:
     keys = released_state_dict(released_model)
+    assert len(keys) == 1465
     assert all(key.startswith(tuple(GROUPS)) for key in keys)
-    assert not any(key.startswith(UNBUILT_PARTS) for key in keys)
 
 
 def test_parameter_counts(released_model: Sam3Image) -> None:
@@ -79,8 +77,9 @@ def test_parameter_counts(released_model: Sam3Image) -> None:
     heads = sum(p.numel() for p in released_model.heads.parameters())
     total = sum(p.numel() for p in released_model.parameters())
     assert total - heads == 848_311_862  # the published "848M": the detector
-    memory = next(part.parameters for part in COMPONENTS if not part.built_as)
-    assert total + memory == TOTAL == 860_055_224
+    assert heads == 11_743_362
+    assert total == TOTAL == 860_055_224
+    assert all(expected == built for expected, built in compare_built(released_model).values())
 
 
 @pytest.mark.parametrize(
@@ -149,7 +148,7 @@ def test_without_interactivity_there_is_neither_twin_neck_nor_heads() -> None:
 
 def test_tiny_preset_has_the_topology_of_the_released_model(released_model: Sam3Image) -> None:
     """Same names up to the depth of the transformers, so what runs on `tiny` is what `sam3` runs."""
-    tiny = assemble_image_model(Sam3Config.preset("tiny"), enable_inst_interactivity=True, device="meta")
+    tiny = assemble_image_model(Sam3Config.preset("tiny"), device="meta", enable_tracker=True)
     config = tiny.config
     depths = {
         ".trunk.blocks.": config.trunk.depth,
@@ -157,6 +156,7 @@ def test_tiny_preset_has_the_topology_of_the_released_model(released_model: Sam3
         "geometry_encoder.encode.": config.geometry_encoder.num_layers,
         "transformer.encoder.layers.": config.fusion_encoder.num_layers,
         "transformer.decoder.layers.": config.decoder.num_layers,
+        "model.transformer.encoder.layers.": config.tracker.memory_attention.num_layers,
     }
 
     def is_deeper(key: str) -> bool:

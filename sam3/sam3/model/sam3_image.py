@@ -1,4 +1,4 @@
-"""The image model: backbone, detector and, on request, the interactive predictor with the SAM heads."""
+"""The model: backbone, detector and, on request, the interactive predictor with the SAM heads or the tracker."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from sam3.model.decoder import TransformerWrapper
 from sam3.model.fusion_encoder import EncoderOutput
 from sam3.model.geometry import SequenceGeometryEncoder
 from sam3.model.prompt import Prompt
+from sam3.model.sam3_tracker import Sam3Tracker, TrackerFeatures
 from sam3.model.scoring import ONE_TO_MANY, DotProductScoring, update_scores_and_boxes
 from sam3.model.segmentation_head import UniversalSegmentationHead
 from sam3.model.vl_backbone import SAM3VLBackbone
@@ -25,7 +26,7 @@ from sam3.sam.interactive_predictor import Masks, SAM3InteractiveImagePredictor
 
 
 class Sam3Image(nn.Module):
-    """SAM 3 for single images.
+    """SAM 3: everything about single images, and the weights that video predictors work with.
 
     Attributes:
         config: Sizes of every component.
@@ -33,7 +34,8 @@ class Sam3Image(nn.Module):
         backbone: ``backbone.vision_backbone.{trunk, convs, sam2_convs}`` and ``backbone.language_backbone``, or None.
         geometry_encoder, transformer, dot_prod_scoring: The detector behind its neck; all three or none.
         segmentation_head: Masks of what the detector finds, or None: boxes alone.
-        inst_interactive_predictor: Masks from clicks and boxes, or None. Its ``model`` is the `SamHeads`.
+        inst_interactive_predictor: Masks from clicks and boxes, or None. Its ``model`` is the `SamHeads`, or the
+            `Sam3Tracker`, which is the same with a memory.
         missing_parts: What the checkpoint did not hold and the model therefore lacks; `sam3.load_model` says it here.
         supervise_joint_box_scores: Return class logits that hold the presence too, as the video model does.
         matcher: Assigns queries to objects in training: called with class logits (B, N), boxes (B, N, 4) and the
@@ -100,6 +102,25 @@ class Sam3Image(nn.Module):
         if self.inst_interactive_predictor is None:
             raise ValueError("this model has no SAM heads: build it with enable_inst_interactivity=True")
         return self.inst_interactive_predictor.model
+
+    @property
+    def has_tracker(self) -> bool:
+        """Whether the model can carry objects through a video."""
+        return self.inst_interactive_predictor is not None and isinstance(self.heads, Sam3Tracker)
+
+    @property
+    def tracker(self) -> Sam3Tracker:
+        """The tracker.
+
+        Raises:
+            ValueError: If the model was built without it.
+        """
+        if self.inst_interactive_predictor is None or not isinstance(self.heads, Sam3Tracker):
+            raise ValueError(
+                "this model has no tracker: build it with enable_tracker=True, or load a checkpoint that holds the "
+                "tracker's memory"
+            )
+        return self.heads
 
     # --- detector -----------------------------------------------------------------------------------------------------
 
@@ -265,10 +286,24 @@ class Sam3Image(nn.Module):
         Raises:
             ValueError: If the model has no SAM heads, or not the neck that they read.
         """
+        return self.heads.image_features(self._second_neck(images))
+
+    def tracker_features(self, images: Tensor) -> TrackerFeatures:
+        """What the tracker reads of one frame; differentiable, and without the detector's neck.
+
+        Args:
+            images: A preprocessed image, (1, 3, S, S).
+
+        Raises:
+            ValueError: If the model has no tracker, or not the neck that it reads.
+        """
+        return self.tracker.frame_features(self._second_neck(images))
+
+    def _second_neck(self, images: Tensor) -> dict[str, Any]:
         sam2 = self.backbone.forward_image(images, need_detector=False)["sam2_backbone_out"]
         if sam2 is None:
             raise ValueError("this model has SAM heads but not the neck that they read: build both or neither")
-        return self.heads.image_features(sam2)
+        return sam2
 
     def predict_inst(self, inference_state: Mapping[str, Any], **kwargs: Any) -> Masks:
         """Masks from clicks and boxes on the image of a `Sam3Processor` state, without encoding it again.
