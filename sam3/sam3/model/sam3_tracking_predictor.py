@@ -143,6 +143,7 @@ class Sam3TrackerPredictor(TrackerEngine):
         assert video_height is not None and video_width is not None
         policy = self.memory_policy if memory_policy is None else _make_policy(memory_policy)
         return TrackerState(
+            engine=self,
             size_hw=(video_height, video_width),
             num_frames=num_frames,
             device=self.model.device,
@@ -297,7 +298,8 @@ class Sam3TrackerPredictor(TrackerEngine):
             logits (B, 1, H, W) of the others).
 
         Raises:
-            PromptError: If there is no such object and ``strict``.
+            PromptError: If there is no such object and ``strict``; `EditRefusedError` if the memory policy cannot keep the
+                others exact, or has dropped masks that are asked for.
         """
         state, obj_id = require_state(inference_state), require_object_id(obj_id)
         if obj_id not in state.obj_ids and not strict:
@@ -307,6 +309,8 @@ class Sam3TrackerPredictor(TrackerEngine):
         if state.obj_ids == [obj_id]:
             state.reset()
             return [], []
+        if state.policy is not None:
+            state.policy.require_removable(state, obj_id, frames if need_output else [])
         for frame_idx in frames:
             group.take_back(frame_idx, obj_id)
         settings = self.tracker.settings

@@ -19,7 +19,7 @@ from sam3.model.mask_rules import (
     fill_holes_in_mask_scores,
     video_to_square,
 )
-from sam3.model.memory_bank import FrameRecord, attended_memories, attended_pointers
+from sam3.model.memory_bank import FrameRecord, MemoryBank, attended_memories, attended_pointers
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.sam3_tracker import TrackerFeatures, TrackOutput
 from sam3.model.tracker_consolidation import consolidate, display_masks, previous_logits
@@ -181,6 +181,8 @@ class TrackerEngine:
         if state.has_pending_prompts or not state.is_trackable:
             self.propagate_in_video_preflight(state, run_mem_encoder)
         state.touch(frame_idx)
+        if state.policy is not None:
+            state.policy.before_frame(state, frame_idx, reverse)
         records = [self._track_group(state, group, frame_idx, reverse, run_mem_encoder) for group in state.groups]
         masks = []
         for record in records:
@@ -205,11 +207,28 @@ class TrackerEngine:
             return stored
         if not group.bank.cond:  # all prompts of its objects were taken back
             return self._absent_record(state, len(group.obj_ids))
+        record = self.compute_record(state, group, group.bank, frame_idx, reverse, run_mem_encoder)
+        group.bank.non_cond[frame_idx] = record
+        group.unread.discard(frame_idx)
+        group.tracked.add(frame_idx, reverse)
+        return record
+
+    @torch.no_grad()
+    def compute_record(
+        self,
+        state: TrackerState,
+        group: ObjectGroup,
+        bank: MemoryBank,
+        frame_idx: int,
+        reverse: bool,
+        run_mem_encoder: bool = True,
+    ) -> FrameRecord:
+        """The record of a frame without a prompt, for the objects of a group, from any bank; nothing is stored."""
         tracker, features = self.tracker, self.frame_features(state, frame_idx)
         output = tracker.track_step_full(
             frame_idx,
             features,
-            group.bank,
+            bank,
             is_init_cond_frame=False,
             num_objects=len(group.obj_ids),
             num_frames=state.assumed_num_frames,
@@ -220,18 +239,16 @@ class TrackerEngine:
             logits, scores = tracker.high_res(output.pred_masks), output.object_score_logits
             memory = tracker.encode_memory(features, logits, scores, is_mask_from_points=False, dtype=self.memory_dtype)
             record = replace(record, maskmem_features=memory)
-        group.bank.non_cond[frame_idx] = record.to(state.storage_device)
-        group.unread.discard(frame_idx)
-        group.tracked.add(frame_idx, reverse)
-        return record
+        return record.to(state.storage_device)
 
     def _clear_around(self, group: ObjectGroup, frame_idx: int) -> None:
         """After a prompt on an object that is tracked alone, masks nearby are no longer what clicks start from."""
         if self.clear_non_cond_mem_around_input and len(group.obj_ids) == 1:
             settings = self.tracker.settings
             reach = settings.memory_temporal_stride * settings.num_maskmem
-            nearby = range(frame_idx - reach, frame_idx + reach + 1)
-            group.unread.update(group.bank.non_cond.keys() & set(nearby))
+            nearby = set(range(frame_idx - reach, frame_idx + reach + 1)) - group.bank.cond.keys()
+            # Also frames whose records the policy has dropped and may bring back.
+            group.unread.update(t for t in nearby if t in group.tracked or t in group.bank.non_cond)
 
     def _absent_record(self, state: TrackerState, num_objects: int) -> FrameRecord:
         side, weight = self.model.config.low_res_mask_size, self.tracker.no_obj_ptr.detach()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from sam3.model.sam3_tracker import TrackerFeatures
 from sam3.sam.prompts import PromptError
 
 if TYPE_CHECKING:
+    from sam3.model.tracker_engine import TrackerEngine
     from sam3.video.frame_source import FrameSource
 
 _MIN_UNKNOWN_LENGTH = 16
@@ -26,11 +27,17 @@ _MIN_UNKNOWN_LENGTH = 16
 class MemoryPolicy(Protocol):
     """Decides which records a session keeps; see `sam3.model.memory_policy`."""
 
+    def before_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
+        """A frame is about to be tracked: see that all that it reads is there, or refuse."""
+
     def after_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """A frame was tracked: drop what is no longer kept."""
 
     def require_editable(self, state: TrackerState, frame_idx: int) -> None:
         """A prompt on this frame is about to change: make that possible, or refuse."""
+
+    def require_removable(self, state: TrackerState, obj_id: int, frames: Iterable[int]) -> None:
+        """An object is about to be removed, and the others' masks on ``frames`` are asked for: the same."""
 
 
 class PointPrompt(NamedTuple):
@@ -70,6 +77,8 @@ class ObjectGroup:
     """Frames near a correction, whose tracked masks later clicks start without."""
     has_started: bool = False
     """Prompts were put together at least once; objects that come later form another group."""
+    horizon: Any = None
+    """What the memory policy remembers of the group; None before its first frame."""
 
     def add_object(self, obj_id: int) -> None:
         """Make room for one more object."""
@@ -122,6 +131,14 @@ class ObjectGroup:
         if not self.bank.cond:
             self.clear_results()
 
+    def forget_prompts_except(self, frames: Collection[int]) -> None:
+        """Forget what the user said on other frames, but for the last word on each object."""
+        for obj_id in self.obj_ids:
+            prompted = self.prompted_frames(obj_id)
+            for frame_idx in prompted - {max(prompted, default=-1), *self.pending, *frames}:
+                self.points[obj_id].pop(frame_idx, None)
+                self.mask_frames[obj_id].discard(frame_idx)
+
     def drop_pending(self, frame_idx: int, obj_id: int) -> None:
         """Forget an output that is not in the bank yet."""
         outputs = self.pending.get(frame_idx, {})
@@ -142,6 +159,7 @@ class ObjectGroup:
         self.tracked.clear()
         self.unread.clear()
         self.has_started = False
+        self.horizon = None
 
 
 class TrackerState:
@@ -155,11 +173,13 @@ class TrackerState:
         features: Features of the last frames that were encoded.
         source: Where frames come from; None if features or frames are handed in.
         policy: What the session keeps; None: everything.
+        engine: Runs the network for this session.
     """
 
     def __init__(
         self,
         *,
+        engine: TrackerEngine,
         size_hw: tuple[int, int],
         num_frames: int | None,
         device: torch.device,
@@ -170,6 +190,7 @@ class TrackerState:
         offload_video_to_cpu: bool = False,
         offload_state_to_cpu: bool = False,
     ) -> None:
+        self.engine = engine
         self.video_height, self.video_width = size_hw
         self.device = device
         self.storage_device = torch.device("cpu") if offload_state_to_cpu else device
