@@ -28,6 +28,7 @@ def draw_overlay(
     masks: Sequence[np.ndarray],
     boxes_xyxy_px: Sequence[Sequence[float]],
     labels: Sequence[str],
+    color_indices: Sequence[int] | None = None,
 ) -> Image.Image:
     """The image with each object tinted and outlined, in its box, with its label.
 
@@ -36,25 +37,29 @@ def draw_overlay(
         masks: One bool (H, W) for each object, or an empty list for boxes alone.
         boxes_xyxy_px: One box for each object; it may reach over the edge.
         labels: One short text for each object; may be empty.
+        color_indices: Which `object_color` each object has; None counts from 0.
     """
+    colors = [object_color(index) for index in (range(len(boxes_xyxy_px)) if color_indices is None else color_indices)]
     height, width = image.shape[:2]
     line = max(1, round(min(height, width) / 300))
     pixels = image.copy()
     for i, mask in enumerate(masks):
-        _tint(pixels, mask, object_color(i), line)
+        _tint(pixels, mask, colors[i], line)
     picture = Image.fromarray(pixels)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(max(10.0, min(height, width) / 32))
     for i, (box, label) in enumerate(zip(boxes_xyxy_px, labels, strict=True)):
         x0, x1 = (min(max(float(x), 0.0), width - 1.0) for x in (box[0], box[2]))
         y0, y1 = (min(max(float(y), 0.0), height - 1.0) for y in (box[1], box[3]))
-        draw.rectangle((x0, y0, x1, y1), outline=object_color(i), width=line)
+        draw.rectangle((x0, y0, x1, y1), outline=colors[i], width=line)
         if label:
-            _write(draw, label, (x0, y0), font, object_color(i), (width, height))
+            _write(draw, label, (x0, y0), font, colors[i], (width, height))
     return picture
 
 
-def index_image(masks: Sequence[np.ndarray], size_hw: tuple[int, int]) -> Image.Image:
+def index_image(
+    masks: Sequence[np.ndarray], size_hw: tuple[int, int], values: Sequence[int] | None = None
+) -> Image.Image:
     """Masks as one palette image: 0 where there is nothing, i + 1 on the i-th mask, in the overlay's colours.
 
     Where masks overlap, the first of them is seen.
@@ -62,15 +67,20 @@ def index_image(masks: Sequence[np.ndarray], size_hw: tuple[int, int]) -> Image.
     Args:
         masks: bool, (H, W) each.
         size_hw: Height and width.
+        values: Other values for the masks, from 1 to 255; the value k has the colour ``object_color(k - 1)``.
 
     Raises:
-        ValueError: If there are more masks than an index image can hold.
+        ValueError: If there are more masks, or higher values, than an index image can hold.
     """
-    if len(masks) > MAX_INDEXED_MASKS:
-        raise ValueError(f"{len(masks)} masks do not fit into an image of at most {MAX_INDEXED_MASKS} colours")
+    values = range(1, len(masks) + 1) if values is None else values
+    if not all(1 <= value <= MAX_INDEXED_MASKS for value in values):
+        raise ValueError(
+            f"{len(masks)} masks with values up to {max(values)} do not fit into an image of at most "
+            f"{MAX_INDEXED_MASKS} colours"
+        )
     indices = np.zeros(size_hw, dtype=np.uint8)
     for i in reversed(range(len(masks))):
-        indices[masks[i]] = i + 1
+        indices[masks[i]] = values[i]
     picture = Image.fromarray(indices)
     picture.putpalette([0, 0, 0, *(channel for i in range(MAX_INDEXED_MASKS) for channel in object_color(i))])
     return picture
