@@ -5,7 +5,7 @@ The batch axis of the detector is prompts, not images: every prompt says which i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +41,20 @@ class FindStage:
 
 
 @dataclass
+class FindMetadata:
+    """What the B prompts of a stage were asked of; read when results are gathered, not by the model."""
+
+    coco_image_id: Sequence[int] | Tensor
+    """What results are listed under: one id for each image, or for each prompt, (B,)."""
+    original_image_id: Sequence[int] | Tensor
+    """Number of the image in its data set, (B,)."""
+    original_category_id: Sequence[int] | Tensor
+    """Number of what the prompt names in its data set, (B,)."""
+    original_size: Sequence[Sequence[int]] | Tensor
+    """Height and width of the image in pixels, (B, 2)."""
+
+
+@dataclass
 class BatchedDatapoint:
     """Images, texts and prompts of one forward pass of the whole model."""
 
@@ -53,6 +67,7 @@ class BatchedDatapoint:
     find_targets: list[Any]
     """What the prompts should find, for a matcher; as many as stages, or an empty list."""
     find_metadatas: list[Any]
+    """A `FindMetadata` for each stage, or an empty list; the model does not read them."""
     raw_images: list[Any] | None = None
 
 
