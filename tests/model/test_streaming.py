@@ -1,0 +1,180 @@
+"""Frames pushed one at a time: the results of a whole video, from a state that does not grow."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from tracking_sessions import small_model
+
+from sam3.model.memory_policy import EditRefusedError, NoLateEdits, RecentEdits
+from sam3.model.memory_snapshots import SnapshotReplay
+from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
+from sam3.model.streaming import StreamingTracker
+from sam3.sam.prompts import PromptError
+from sam3.video.frame_source import VideoInputError
+
+NUM_FRAMES = 22
+CLICK = {"points": [[0.4, 0.5]], "labels": [1]}
+BOX = {"box": [0.1, 0.2, 0.6, 0.7]}
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    return Sam3TrackerPredictor(small_model())
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return list(np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, 24, 32, 3), dtype=np.uint8))
+
+
+def same(result, expected):
+    frame_idx, obj_ids, low_res, masks, scores = expected
+    assert (result.frame_idx, result.obj_ids) == (frame_idx, obj_ids)
+    assert torch.equal(result.low_res_masks, low_res) and torch.equal(result.masks, masks)
+    assert torch.equal(result.object_score_logits, scores)
+    return True
+
+
+@pytest.mark.parametrize("policy", ["no_late_edits", None])
+def test_equal_to_sessions_that_keep_everything(predictor, frames, policy):
+    """Prompts before their frames, as a session on the whole video would be told."""
+    tracker = StreamingTracker(predictor, memory_policy=policy)
+    assert tracker.last_frame_idx == -1
+    state = predictor.init_state(video_path=frames)
+    assert tracker.add_points(1, **CLICK) is None
+    predictor.add_new_points_or_box(state, 0, 1, **CLICK)
+    for t, frame in enumerate(frames):
+        if t in (4, 11):
+            tracker.add_points(1, frame_idx=t, **BOX)
+            predictor.add_new_points_or_box(state, t, 1, **BOX)
+        if t == 7:
+            tracker.add_mask(2, np.eye(24, 32) > 0, frame_idx=t)
+            predictor.add_new_mask(state, t, 2, np.eye(24, 32) > 0)
+        (expected,) = predictor.propagate_in_video(state, t, 0)
+        assert same(tracker.push(frame), expected)
+    assert sum(g.bank.nbytes for g in tracker.state.groups) < sum(g.bank.nbytes for g in state.groups)
+
+
+def test_correcting_the_newest_frame_and_older_ones(predictor, frames):
+    tracker = StreamingTracker(predictor, memory_policy=RecentEdits(4))
+    state = predictor.init_state(video_path=frames)
+    tracker.add_points(1, **CLICK)
+    predictor.add_new_points_or_box(state, 0, 1, **CLICK)
+    results = [tracker.push(frame) for frame in frames[:8]]
+    list(predictor.propagate_in_video(state, 0, 7))
+    corrected = tracker.add_points(1, [[0.9, 0.9]], [0])  # the newest frame
+    predictor.add_new_points_or_box(state, 7, 1, [[0.9, 0.9]], [0])
+    (expected,) = predictor.propagate_in_video(state, 7, 0)
+    assert same(corrected, expected) and not torch.equal(corrected.masks, results[7].masks)
+    tracker.add_points(1, frame_idx=4, **BOX)
+    predictor.add_new_points_or_box(state, 4, 1, **BOX)
+    expected = list(predictor.propagate_in_video(state, 4, 3))
+    assert all(itertools.starmap(same, zip(tracker.retrack(), expected, strict=True)))
+    assert list(tracker.retrack()) == []
+    with pytest.raises(
+        EditRefusedError, match=r"frame 3 can no longer be edited.*RecentEdits\(num_frames=4.*from 4 on"
+    ):
+        tracker.add_points(1, frame_idx=3, **CLICK)
+    (expected,) = predictor.propagate_in_video(state, 8, 0)
+    assert same(tracker.push(frames[8]), expected)
+
+
+def test_objects_come_and_go(predictor, frames):
+    tracker = StreamingTracker(Sam3TrackerPredictor(predictor.model, objects="independent"))
+    empty = tracker.push(frames[0])
+    assert empty.obj_ids == [] and empty.masks.shape == (0, 1, 24, 32)
+    tracker.push(frames[1])
+    assert tracker.add_points(5, **BOX).frame_idx == 1
+    assert tracker.add_points(6, **CLICK).obj_ids == [5, 6]
+    assert tracker.push(frames[2]).obj_ids == [5, 6]
+    tracker.remove_object(5)
+    assert tracker.push(frames[3]).obj_ids == [6]
+    with pytest.raises(PromptError, match="there is no object 5"):
+        tracker.remove_object(5)
+    tracker.add_points(6, **BOX)
+    tracker.clear_prompts(6)
+    assert tracker.push(frames[4]).obj_ids == [6]
+
+
+def test_an_endless_source_is_read_frame_by_frame(predictor, frames):
+    taken = []
+
+    def camera():
+        for t in itertools.count():
+            taken.append(t)
+            yield frames[t % NUM_FRAMES]
+
+    tracker = StreamingTracker(predictor)
+    tracker.add_points(1, **BOX)
+    for result in tracker.run(camera()):
+        assert taken[-1] == result.frame_idx
+        if result.frame_idx == 40:
+            break
+    group = tracker.state.groups[0]
+    assert len(group.bank.cond) + len(group.bank.non_cond) <= 17
+    assert sum(record.pred_masks is not None for record in group.bank.non_cond.values()) == 1
+    assert len(tracker.state.features) <= 2 and tracker.state.num_frames is None
+    with pytest.raises(VideoInputError, match="frame 39 of the stream is gone"):
+        tracker.state.source.frame(39)
+
+
+def test_two_streams_do_not_disturb_each_other(predictor, frames):
+    alone, one, other = (StreamingTracker(predictor, memory_policy="no_late_edits") for _ in range(3))
+    for tracker in (alone, one):
+        tracker.add_points(1, **CLICK)
+    other.add_points(1, **BOX)
+    expected = [alone.push(frame) for frame in frames[:6]]
+    for result, frame, otherwise in zip(expected, frames, frames[::-1], strict=False):
+        other.push(otherwise)
+        assert torch.equal(one.push(frame).masks, result.masks)
+
+
+def test_the_end_of_a_stream(predictor, frames):
+    tracker = StreamingTracker(predictor, memory_policy=NoLateEdits())
+    tracker.add_points(1, **CLICK)
+    assert [result.frame_idx for result in tracker.run(frames[:3])] == [0, 1, 2]
+    assert tracker.state.num_frames == 3
+    with pytest.raises(VideoInputError, match="the stream ended after 3 frames"):
+        tracker.push(frames[3])
+    with pytest.raises(PromptError, match="frame_idx 3: the stream ended after 3 frames"):
+        tracker.add_points(1, frame_idx=3, **CLICK)
+
+
+@pytest.mark.parametrize(
+    ("act", "error", "message"),
+    [
+        (lambda t: t.push(np.zeros((9, 9, 3), np.uint8)), VideoInputError, "frame 1 of the stream has 9 x 9 pixels"),
+        (lambda t: t.push("frame.png"), VideoInputError, "frame 1 of the stream"),
+        (lambda t: t.push(np.zeros((24, 32, 7), np.uint8)), VideoInputError, "frame 1 of the stream"),
+        (lambda t: t.add_points(1, [[1.4, 0.5]], [1]), PromptError, "outside"),
+        (lambda t: t.add_points(1, [[1.4, 0.5]], [1], frame_idx=5), PromptError, "outside"),
+        (lambda t: t.add_points(1, frame_idx=-1, **CLICK), PromptError, "frame_idx must be"),
+        (lambda t: t.add_points("a", **CLICK), PromptError, "obj_id must be an integer"),
+        (lambda t: t.add_points(1, frame_idx=3, clear_old_points=False, **BOX), PromptError, "clear_old_points=True"),
+        (lambda t: t.add_mask(1, np.zeros((3, 3, 3)), frame_idx=3), PromptError, "mask"),
+        (lambda t: t.clear_prompts(8), PromptError, "there is no object 8"),
+        (lambda t: StreamingTracker(t.predictor, memory_policy=SnapshotReplay()), ValueError, "no longer has them"),
+        (lambda t: StreamingTracker(t.predictor).state, PromptError, "nothing was pushed yet"),
+        (lambda t: StreamingTracker(t.predictor, memory_policy="some"), ValueError, "unknown memory policy 'some'"),
+    ],
+)
+def test_bad_input_is_refused_and_the_stream_goes_on(predictor, frames, act, error, message):
+    tracker = StreamingTracker(predictor)
+    tracker.push(frames[0])
+    with pytest.raises(error, match=message):
+        act(tracker)
+    assert tracker.push(frames[1]).frame_idx == 1
+
+
+def test_a_waiting_prompt_that_fails_leaves_its_frame_to_be_tracked(predictor, frames):
+    tracker = StreamingTracker(predictor)
+    tracker.add_points(1, **CLICK)
+    tracker.push(frames[0])
+    tracker.add_mask(2, np.zeros((24, 32)), frame_idx=1)
+    with pytest.raises(PromptError, match="the mask of object 2 is empty"):
+        tracker.push(frames[1])
+    assert [result.frame_idx for result in tracker.retrack()] == [1]
