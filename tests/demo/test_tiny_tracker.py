@@ -1,0 +1,196 @@
+"""The tiny tracker: its clips, its training, its evaluation, and what the shipped weights do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train_tiny_tracker
+from clip_pool import ClipPool, ClipPoolSpec, build_pool, choose_clips, draw_clip
+from demo_clips import write_clip
+from torch import Tensor
+from tracker_eval import EvalClip, generate_test_clips, read_clips, score_objects, stand_still, track_clip
+from tracker_init import init_for_tracking
+from tracker_task import TrackingTask, judged_answers, tracked_ious
+
+import sam3
+from sam3.checkpoint_io import sha256_file
+from sam3.model.clip_forward import ClipPlan, forward_clip
+from sam3.model.sam3_image import Sam3Image
+
+WEIGHTS = train_tiny_tracker.WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def model() -> Sam3Image:
+    return train_tiny_tracker.build_model(WEIGHTS, seed=0)
+
+
+@pytest.fixture(scope="module")
+def pool(model: Sam3Image, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tracker") / "pool_train"
+    return build_pool(folder, ClipPoolSpec.for_model(model, "train", 4, 5, seed=0), model, num_workers=0)
+
+
+@pytest.fixture(scope="module")
+def batch(pool: Path) -> dict[str, Tensor]:
+    items = ClipPool(pool)
+    return torch.utils.data.default_collate([items[i] for i in range(len(items))])
+
+
+def test_a_pool_holds_the_features_of_its_clips_and_is_reused(model: Sam3Image, pool: Path, batch: dict[str, Tensor]):
+    spec = ClipPoolSpec.for_model(model, "train", 4, 5, seed=0)
+    images, coverage = draw_clip((spec, 1_000_001))
+    pixels = model.preprocess.normalize(torch.from_numpy(images[2]))[None]
+    with torch.no_grad():
+        features = model.tracker_features(pixels)
+    for name, values in features._asdict().items():
+        torch.testing.assert_close(batch[name][1, 2].float(), values[0], atol=0.05, rtol=0.01)
+    assert torch.equal(batch["coverage"][1, :, : coverage.shape[1]], torch.from_numpy(coverage))
+    stamp = (pool / "fine.npy").stat().st_mtime_ns
+    build_pool(pool, spec, model, num_workers=0)
+    assert (pool / "fine.npy").stat().st_mtime_ns == stamp
+    on_disk = sum(path.stat().st_size for path in pool.glob("*.npy"))
+    assert spec.num_bytes(model.config) == pytest.approx(on_disk, rel=0.01)
+
+
+def test_cuts_start_with_objects_and_keep_clips_apart(batch: dict[str, Tensor]):
+    torch.manual_seed(0)
+    for _ in range(6):
+        clips = choose_clips(batch, 3, 2, shuffle=True)
+        assert (clips.coverage_tbhw[0] > 0.5).flatten(1).any(dim=1).all()
+        assert torch.bincount(clips.clip_of_object).max() <= 2
+        for t in range(3):
+            stored = batch["coarse"][clips.clip_of_object].float()
+            same = (stored == clips.features[t].coarse[:, None]).flatten(2).all(dim=2)
+            assert (same.sum(dim=1) == 1).all(), "every object sees a frame of its own clip"
+    with pytest.raises(ValueError, match="clips of 9 frames can't be cut from stored ones of 5"):
+        choose_clips(batch, 9, 2, shuffle=False)
+
+
+def test_the_start_already_remembers_where_objects_were(model: Sam3Image, batch: dict[str, Tensor]):
+    tracker = train_tiny_tracker.build_model(WEIGHTS, seed=0).tracker.eval()
+    clips = choose_clips(batch, 2, 2, shuffle=False)
+    init_for_tracking(tracker, clips.features[0].coarse, clips.coverage_tbhw[0], seed=0)
+    with torch.no_grad():
+        result = forward_clip(tracker, clips.features, clips.coverage_tbhw, ClipPlan("mask", (0,)))
+    remembered = result.bank.cond[0].maskmem_features[:, 0].float()
+    cells = torch.nn.functional.adaptive_avg_pool2d(clips.coverage_tbhw[0], remembered.shape[-1])
+    assert torch.corrcoef(torch.stack([remembered.flatten(), cells.flatten()]))[0, 1] > 0.9
+
+
+def test_two_steps_train_memory_and_heads(batch: dict[str, Tensor]):
+    tracker = train_tiny_tracker.build_model(WEIGHTS, seed=0).tracker
+    task = TrackingTask(tracker, lengths=(3, 4), steps_per_length=1, hint_steps=1).train()
+    before = {name: value.clone() for name, value in task.named_parameters()}
+    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], 1e-3)
+    torch.manual_seed(0)
+    for _ in range(2):
+        terms = task(batch)
+        optimizer.zero_grad()
+        terms["loss"].backward()
+        optimizer.step()
+        assert all(torch.isfinite(value) for value in terms.values())
+    assert int(task.steps_done) == 2
+    still = {name for name, value in task.named_parameters() if torch.equal(value, before[name])}
+    fixed = {name for name, value in task.named_parameters() if not value.requires_grad}
+    assert fixed <= still and {name.split(".")[2] for name in fixed - {"tracker.no_mem_pos_enc"}} == {
+        "conv_s0",
+        "conv_s1",
+    }
+    moved = {name.split(".")[1] for name in set(before) - still}
+    assert {"transformer", "maskmem_backbone", "sam_mask_decoder", "obj_ptr_proj"} <= moved
+    assert task.lr_scale("tracker.sam_mask_decoder.iou_token.weight") == 0.3
+    assert task.lr_scale("tracker.maskmem_tpos_enc") == 1.0
+
+
+def test_validation_is_repeatable_and_leaves_the_random_stream_alone(model: Sam3Image, batch: dict[str, Tensor]):
+    task = TrackingTask(model.tracker).eval()
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        first, again = task.validate(batch), task.validate(batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    for name in ("iou_mask", "iou_box", "iou_click", "iou_tracked"):
+        assert torch.equal(first[name].nan_to_num(), again[name].nan_to_num())
+
+
+def test_tracked_frames_alone_are_scored(model: Sam3Image, batch: dict[str, Tensor]):
+    clips = choose_clips(batch, 3, 1, shuffle=False)
+    with torch.no_grad():
+        result = forward_clip(model.tracker.eval(), clips.features, clips.coverage_tbhw, ClipPlan("box", (0,)))
+    answers = judged_answers(result, clips)
+    assert len(answers) == 3 and answers[0].present.all()
+    iou, is_tracked = tracked_ious(result, clips)
+    assert is_tracked.all(dim=1).tolist() == [False, True, True]
+    assert ((iou >= 0) & (iou <= 1)).all()
+
+
+def test_evaluation_scores_perfect_and_standing_masks(tmp_path: Path):
+    clip = generate_test_clips(1, num_frames=16)[0]
+    prompted, found = stand_still(clip)
+    assert prompted and all(score.region < 1 for score in score_objects(clip, prompted, found))
+    assert all(score.j_and_f == 1 for score in score_objects(clip, prompted, clip.masks))
+    write_clip(tmp_path, 0, "test", 0, 16, 92)
+    stored = read_clips(tmp_path)[0]
+    assert stored.categories == clip.categories
+    assert np.flatnonzero(stored.annotated).tolist() == [0, 4, 8, 12]
+    assert np.array_equal(stored.masks[stored.annotated], clip.masks[stored.annotated])
+    assert not stored.masks[~stored.annotated].any()
+
+
+def test_a_clip_is_tracked_from_the_frame_that_shows_an_object(model: Sam3Image):
+    clip = generate_test_clips(1, num_frames=12)[0]
+    masks = clip.masks.copy()
+    masks[:2, 0] = False
+    late = EvalClip(clip.name, clip.frames, masks, clip.annotated, clip.categories)
+    prompted, found = track_clip(model, late, "mask")
+    assert prompted[0] == 2 and found.shape == masks.shape
+    assert not found[:2, 0].any()
+    with pytest.raises(ValueError, match="'scribble' is not one of"):
+        track_clip(model, late, "scribble")
+
+
+def test_the_command_line_trains_exports_and_records(
+    tmp_path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("tracker_eval.CLIP_FRAMES", 10)
+    monkeypatch.setattr("tracker_eval.generate_test_clips.__defaults__", (10, 0))
+    output, weights = tmp_path / "run", tmp_path / "tiny.safetensors"
+    settings = ["DATA.TRAIN_CLIPS", "4", "DATA.VAL_CLIPS", "2", "DATA.KEPT_FRAMES", "3", "TRAIN.EPOCHS", "2"]
+    settings += ["CLIPS.LENGTHS", "[2, 3]", "DATA.NUM_WORKERS", "0"]
+    arguments = ["--device", "cpu", "--batch-size", "2", "--output", str(output), "--weights", str(weights)]
+    arguments += ["--max-steps", "2", "--test-scenes", "1", "--test-clips", "1", "--opts", *settings]
+    assert train_tiny_tracker.main(arguments) == 0
+    record = json.loads(weights.with_suffix(".json").read_text())
+    assert record["tracker"]["steps"] == 2 and "train_tiny_tracker.py" in record["tracker"]["command"]
+    assert set(record["tracker"]["scores"]) == {"mask", "box", "click", "stand_still"}
+    assert record["weights_sha256"] == sha256_file(weights)
+    made, shipped = sam3.load_model(weights, device="cpu"), sam3.load_model(WEIGHTS, device="cpu")
+    assert made.has_tracker and made.has_detector == shipped.has_detector
+    for name, value in shipped.state_dict().items():
+        if not name.startswith("inst_interactive_predictor."):
+            assert torch.equal(value, made.state_dict()[name]), name
+    assert not torch.equal(
+        shipped.heads.sam_mask_decoder.iou_token.weight, made.heads.sam_mask_decoder.iou_token.weight
+    )
+
+
+def test_heads_that_were_hurt_are_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("demo_eval.evaluate_promptable", lambda *args: {"box": 0.5})
+    output, weights = tmp_path / "run", tmp_path / "tiny.safetensors"
+    settings = ["DATA.TRAIN_CLIPS", "2", "DATA.VAL_CLIPS", "1", "DATA.KEPT_FRAMES", "2", "TRAIN.EPOCHS", "1"]
+    settings += ["CLIPS.LENGTHS", "[2]", "DATA.NUM_WORKERS", "0"]
+    arguments = ["--device", "cpu", "--batch-size", "2", "--output", str(output), "--weights", str(weights)]
+    assert train_tiny_tracker.main([*arguments, "--max-steps", "1", "--test-scenes", "6", "--opts", *settings]) == 2
+    assert "boxes score 0.500 on held-out scenes, less than 0.8" in capsys.readouterr().err
+    assert not weights.exists()
+
+
+def test_without_a_run_there_is_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert train_tiny_tracker.main(["--device", "cpu", "--output", str(tmp_path / "none"), "--export-only"]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
