@@ -63,7 +63,7 @@ def test_its_public_names_change_nothing_and_import_no_heavy_package() -> None:
 def test_commands_show_their_help_without_torch() -> None:
     code = """
 import contextlib, importlib, io, sys
-for name in ("predict", "inspect", "convert"):
+for name in ("predict", "track", "inspect", "convert"):
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
         importlib.import_module("sam3." + name).main(["--help"])

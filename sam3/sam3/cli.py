@@ -17,6 +17,7 @@ _USER_ERRORS = {
     "sam3.image_input": "ImageInputError",
     "sam3.preprocess": "PreprocessMismatchError",
     "sam3.sam.prompts": "PromptError",
+    "sam3.video.frame_source": "VideoInputError",
 }
 
 MainBody = Callable[["list[str] | None"], "int | None"]

@@ -79,14 +79,14 @@ def predict(argv: list[str] | None = None) -> int:
     """
     args = build_parser().parse_args(argv)
     problems: list[str] = []
-    boxes, points = _parse_marks(args.box, 4, "--box", problems), _parse_marks(args.point, 2, "--point", problems)
+    boxes, points = parse_marks(args.box, 4, "--box", problems), parse_marks(args.point, 2, "--point", problems)
     _check_options(args, problems)
     if args.interactive and 0 in boxes.labels:
         problems.append("--box with label 0 does not go with --interactive: each box is an object to cut out")
-    device = _parse_device(args.device, problems)
+    device = parse_device(args.device, problems)
     images = _find_images(args.image, args.output, problems)
     if not problems:
-        _make_folder(args.output, problems)
+        make_folder(args.output, problems)
     if problems:
         raise CommandError.from_problems(problems)
 
@@ -120,7 +120,7 @@ def predict(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parse_marks(words: list[str], count: int, option: str, problems: list[str]) -> Marks:
+def parse_marks(words: list[str], count: int, option: str, problems: list[str]) -> Marks:
     """``1,2,3,4`` or ``1,2,3,4,0`` to numbers and labels."""
     marks = Marks([], [])
     for word in words:
@@ -164,7 +164,8 @@ def _check_options(args: argparse.Namespace, problems: list[str]) -> None:
         problems.append(f"--output {args.output}: is a file, not a folder")
 
 
-def _make_folder(path: Path, problems: list[str]) -> None:
+def make_folder(path: Path, problems: list[str]) -> None:
+    """Make the output folder, or say why it cannot be used."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -174,7 +175,8 @@ def _make_folder(path: Path, problems: list[str]) -> None:
             problems.append(f"--output {path}: cannot be written to")
 
 
-def _parse_device(name: str | None, problems: list[str]) -> torch.device | None:
+def parse_device(name: str | None, problems: list[str]) -> torch.device | None:
+    """The device of ``--device``, if it is there; None leaves the choice to the loader."""
     import torch
 
     if name is None:
