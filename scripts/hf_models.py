@@ -148,8 +148,12 @@ def build_hf_tracker_video_model(model: Sam3Image) -> nn.Module:
     """Their tracker in eval mode over the very tensors of ours, which may not be copied."""
     import transformers
 
+    config = model.config
     with torch.device(model.device):
-        hf = transformers.Sam3TrackerVideoModel(hf_tracker_video_config(model.config))
+        hf = transformers.Sam3TrackerVideoModel(hf_tracker_video_config(config))
+        for layer in hf.memory_attention.layers:  # made for memories of 64 channels, whatever the configuration says
+            layer.cross_attn_image.k_proj = nn.Linear(config.tracker.mem_dim, config.hidden_dim)
+            layer.cross_attn_image.v_proj = nn.Linear(config.tracker.mem_dim, config.hidden_dim)
     own = {}
     for key, value in released_to_hf(released_state_dict(model)).items():
         for prefix, replacement in _TRACKER_VIEW.items():

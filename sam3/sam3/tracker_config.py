@@ -59,6 +59,10 @@ class TrackerConfig:
     sigmoid_scale_for_mem_enc: float = 20.0
     sigmoid_bias_for_mem_enc: float = -10.0
     """A mask enters the memory as scale * probability + bias."""
+    hugging_face_rules: bool = False
+    """Do what Hugging Face's implementation does where it differs from the released tracker, for comparisons: masks are
+    brought to the memory encoder's size before they are squashed, mask prompts have the size of the model input, and
+    their pointer is that of the best of three candidates."""
     use_memory_selection: bool = False
     """Read recent frames by their predicted quality, not by their distance alone."""
     mf_threshold: float = 0.01

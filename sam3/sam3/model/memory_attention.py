@@ -6,7 +6,7 @@ for all objects until the first layer reads their memories: up to there everythi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from sam3.config import Sam3Config
 from sam3.model.grid_tables import RotaryTable, SineTable
 from sam3.tracker_config import MemoryAttentionConfig
+
+_SAMPLED_SIDE = 18
+"""Tokens along one side of the grid from which the most similar memories are estimated."""
 
 
 class MemoryTokens(NamedTuple):
@@ -30,6 +33,10 @@ class MemoryTokens(NamedTuple):
     """(n, Cm)."""
     frame_bias: Tensor | None = None
     """Added to the attention logits of each frame's tokens, (F,)."""
+    num_fixed: int = 0
+    """The first frames, which are read in any case."""
+    top_k: int | None = None
+    """How many of the others are read; None: all."""
 
 
 def turn(x_bhnd: Tensor, table: Tensor) -> Tensor:
@@ -159,18 +166,60 @@ class MemoryAttention(nn.Module):
         table = self.rotary(size_hw)
         x = features_bchw.flatten(2).transpose(1, 2)
         x = x + self.position_scale * self.position_code(size_hw).to(x.dtype)
-        values = torch.cat([memory.spatial.flatten(1, 2), memory.pointers], dim=1)
-        keys = values + torch.cat([memory.spatial_codes.flatten(0, 1), memory.pointer_codes])
+        first, *others = (cast(MemoryAttentionLayer, layer) for layer in self.layers)
+        x = first.read_frame(x, table)
+        if memory.top_k is not None and memory.spatial.shape[1] > memory.num_fixed + memory.top_k:
+            keys, values, bias = _join(memory, self._most_attended(first, x, memory, size_hw))
+        else:
+            keys, values, bias = _join(memory)
         num_pointers = memory.pointers.shape[1]
-        bias = _token_bias(memory, x.dtype)
-        for layer in self.layers:
+        x = first.read_memory(x, table, keys, values, num_pointers, bias)
+        for layer in others:
             x = layer(x, table, keys, values, num_pointers, bias)
         return self.norm(x).transpose(1, 2).unflatten(-1, size_hw)
 
+    @torch.no_grad()
+    def _most_attended(
+        self, layer: MemoryAttentionLayer, x: Tensor, memory: MemoryTokens, size_hw: tuple[int, int]
+    ) -> Tensor:
+        """Frames that each object reads, (B, num_fixed + top_k), in their order.
 
-def _token_bias(memory: MemoryTokens, dtype: torch.dtype) -> Tensor | None:
-    """The frames' bias for each key, (1, 1, 1, N)."""
-    if memory.frame_bias is None:
-        return None
-    spatial = memory.frame_bias.repeat_interleave(memory.spatial.shape[2])
-    return F.pad(spatial, (0, memory.pointers.shape[1])).to(dtype)[None, None, None]
+        The others are ranked by the share of the first layer's attention that they get, between every n-th token of
+        the current frame and of the memories in each direction.
+        """
+        assert memory.top_k is not None
+        height, width = size_hw
+        step = max(1, -(-max(size_hw) // _SAMPLED_SIDE))
+        cells = torch.arange(height * width, device=x.device).unflatten(0, size_hw)[
+            step // 2 :: step, step // 2 :: step
+        ]
+        cells = cells.flatten()
+        table = self.rotary(size_hw)[cells]
+        batch, num_frames = memory.spatial.shape[:2]
+        keys = memory.spatial[:, :, cells] + memory.spatial_codes[:, cells]
+        attention = layer.cross_attn_image
+        q = attention.queries(layer.norm2(x[:, cells]), table)
+        k = attention.keys(keys.flatten(1, 2), table)
+        logits = (q @ k.transpose(-1, -2)).to(torch.float32) * q.shape[-1] ** -0.5
+        mass = logits.unflatten(-1, (num_frames, -1)).logsumexp(-1)
+        if memory.frame_bias is not None:
+            mass = mass + memory.frame_bias
+        shares = mass.softmax(-1).mean(dim=(1, 2))[:, memory.num_fixed :]
+        chosen = memory.num_fixed + shares.topk(memory.top_k, dim=1).indices.sort(dim=1).values
+        fixed = torch.arange(memory.num_fixed, device=x.device).expand(batch, -1)
+        return torch.cat([fixed, chosen], dim=1)
+
+
+def _join(memory: MemoryTokens, frames: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values, (B, N, Cm), and the bias of each key, (B or 1, 1, 1, N), of the frames (B, K) or of all."""
+    values, codes, bias = memory.spatial, memory.spatial_codes, memory.frame_bias
+    keys = values + codes
+    if frames is not None:
+        rows = torch.arange(len(frames), device=frames.device)[:, None]
+        keys, values = keys[rows, frames], values[rows, frames]
+        bias = None if bias is None else bias[frames]
+    if bias is not None:
+        bias = F.pad(bias.repeat_interleave(values.shape[2], dim=-1), (0, memory.pointers.shape[1]))
+        bias = bias.to(values.dtype).view(-1, 1, 1, bias.shape[-1])
+    keys = torch.cat([keys.flatten(1, 2), memory.pointers + memory.pointer_codes], dim=1)
+    return keys, torch.cat([values.flatten(1, 2), memory.pointers], dim=1), bias

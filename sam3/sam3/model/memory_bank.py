@@ -89,6 +89,11 @@ class MemoryBank:
     """Frames that were tracked."""
 
     @property
+    def num_objects(self) -> int:
+        """B; 0 in an empty bank."""
+        return next((r.num_objects for store in (self.cond, self.non_cond) for r in store.values()), 0)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all records."""
         return sum(record.nbytes for store in (self.cond, self.non_cond) for record in store.values())
@@ -110,6 +115,8 @@ class AttendedMemory(NamedTuple):
     record: FrameRecord
     temporal_index: int
     """Row of the temporal table; the last one for conditioning frames."""
+    age: int = 0
+    """Distance in frames; 0 for conditioning frames, which do not age."""
 
 
 class AttendedPointer(NamedTuple):
@@ -161,7 +168,7 @@ def attended_memories(
     for rel, t in _recent_frames(bank, frame_idx, config, num_frames, reverse, object_index):
         record = bank.non_cond.get(t) or unselected.get(t)
         if record is not None:
-            found.append(AttendedMemory(t, record, config.temporal_index(rel)))
+            found.append(AttendedMemory(t, record, config.temporal_index(rel), abs(frame_idx - t)))
     return found
 
 

@@ -6,47 +6,23 @@ features of a frame are computed once and shared by them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from sam3.config import Sam3Config
-from sam3.model.grid_tables import SineTable
 from sam3.model.mask_rules import NO_OBJECT_LOGIT
-from sam3.model.memory import SimpleMaskEncoder
-from sam3.model.memory_attention import MemoryAttention, MemoryTokens
-from sam3.model.memory_bank import (
-    AttendedMemory,
-    AttendedPointer,
-    FrameRecord,
-    MemoryBank,
-    attended_memories,
-    attended_pointers,
-    effective_iou,
-    max_object_pointers,
-)
-from sam3.sam.heads import SamFeatures, SamHeads
-from sam3.sam.layers import MLP
+from sam3.model.memory_bank import FrameRecord, MemoryBank, effective_iou
+from sam3.model.tracker_memory import TrackerFeatures, TrackerMemory, resize, temporal_code
+from sam3.sam.heads import SamFeatures
 from sam3.sam.mask_decoder import SamOutput
+
+__all__ = ["NO_OBJECT_LOGIT", "PointInputs", "Sam3Tracker", "TrackOutput", "TrackerFeatures", "temporal_code"]
 
 _MASK_PROMPT_SCALE, _MASK_PROMPT_BIAS = 20.0, -10.0
 
 PointInputs = tuple[Tensor, Tensor]
 """Points in pixels of the model input, (B, P, 2), and their labels, (B, P); see `SamHeads.forward_prompts`."""
-
-
-class TrackerFeatures(NamedTuple):
-    """What the tracker reads of a frame, before any memory."""
-
-    fine: Tensor
-    """Skip map at 4 G, (1, C / 8, 4 G, 4 G)."""
-    middle: Tensor
-    """Skip map at 2 G, (1, C / 4, 2 G, 2 G)."""
-    coarse: Tensor
-    """Coarse map without ``no_mem_embed``, (1, C, G, G)."""
 
 
 class TrackOutput(NamedTuple):
@@ -64,15 +40,7 @@ class TrackOutput(NamedTuple):
     """The candidates (K = 3, or 1) as decoded, absent objects included; None for a mask prompt."""
 
 
-class _TransformerWrapper(nn.Module):
-    """Gives the memory attention its released name, ``transformer.encoder``."""
-
-    def __init__(self, encoder: MemoryAttention) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-
-class Sam3Tracker(SamHeads):
+class Sam3Tracker(TrackerMemory):
     """SAM heads, memory encoder and memory attention (``tracker.*`` in a released file).
 
     A frame at inference::
@@ -82,43 +50,9 @@ class Sam3Tracker(SamHeads):
         bank.non_cond[3] = record
 
     Nothing is kept between calls, so any number of videos can share the weights.
-
-    Attributes:
-        config: The whole model's description; ``config.tracker`` holds the memory's.
-        settings: ``config.tracker``; may be replaced by settings that fit the same weights.
-        memory_dtype: Spatial memories are stored in it; the released tracker always uses bfloat16.
     """
 
-    def __init__(self, config: Sam3Config, memory_dtype: torch.dtype = torch.bfloat16) -> None:
-        super().__init__(config)
-        dim, self.settings = config.hidden_dim, config.tracker
-        mem_dim = self.settings.mem_dim
-        self.config = config
-        self.memory_dtype = memory_dtype
-        self.transformer = _TransformerWrapper(MemoryAttention(config))
-        self.maskmem_backbone = SimpleMaskEncoder(config)
-        self.mask_downsample = nn.Conv2d(1, 1, 4, stride=4)
-        self.obj_ptr_proj = MLP(dim, dim, dim, 3)
-        self.obj_ptr_tpos_proj = nn.Linear(dim, mem_dim)
-        self.maskmem_tpos_enc = nn.Parameter(torch.zeros(self.settings.num_maskmem, 1, 1, mem_dim))
-        self.no_mem_pos_enc = nn.Parameter(torch.zeros(1, 1, dim))
-        """Read by nothing; released files hold it."""
-        self.no_obj_ptr = nn.Parameter(torch.zeros(1, dim))
-        self.no_obj_embed_spatial = nn.Parameter(torch.zeros(1, mem_dim))
-        for table in (self.maskmem_tpos_enc, self.no_mem_pos_enc, self.no_obj_ptr, self.no_obj_embed_spatial):
-            nn.init.trunc_normal_(table, std=0.02)
-        self.memory_code = SineTable(mem_dim, config.grid_size)
-
     # --- one frame ----------------------------------------------------------------------------------------------------
-
-    def frame_features(self, sam2_backbone_out: dict[str, Any]) -> TrackerFeatures:
-        """Narrow the second neck's maps, once per frame.
-
-        Args:
-            sam2_backbone_out: From ``backbone.forward_image``: ``backbone_fpn`` holds three maps, finest first.
-        """
-        fine, middle, coarse = sam2_backbone_out["backbone_fpn"]
-        return TrackerFeatures(self.sam_mask_decoder.conv_s0(fine), self.sam_mask_decoder.conv_s1(middle), coarse)
 
     def track_step(
         self,
@@ -236,8 +170,8 @@ class Sam3Tracker(SamHeads):
 
     @property
     def mask_prompt_size(self) -> int:
-        """Side of mask prompts and of the memory encoder's masks: 1152 for ``sam3``."""
-        return self.config.grid_size * self.maskmem_backbone.mask_stride
+        """Side that mask prompts should have: that of the memory encoder's masks, 1152 for ``sam3``."""
+        return self.config.image_size_px if self.settings.hugging_face_rules else self.memory_mask_size
 
     def use_multimask(self, num_points: int) -> bool:
         """Whether a frame with this many points gets three candidates."""
@@ -265,7 +199,7 @@ class Sam3Tracker(SamHeads):
         coords, labels = point_inputs or self._padding_points(num_objects)
         side = features.fine.shape[-1]
         if mask_logits is not None and mask_logits.shape[-2:] != (side, side):
-            mask_logits = _resize(mask_logits.to(torch.float32), side, antialias=True)
+            mask_logits = resize(mask_logits.to(torch.float32), side, antialias=True)
         maps = SamFeatures(conditioned, features.fine, features.middle)
         sam = self.select(self.forward_prompts(maps, coords, labels, mask_logits), multimask_output)
         best = sam.ious.argmax(dim=1)
@@ -296,141 +230,17 @@ class Sam3Tracker(SamHeads):
         """
         masks = masks.to(torch.float32)
         height, width = (s // self.stride_px * 4 for s in masks.shape[-2:])
-        low_res = _resize(_mask_prompt_logits(masks), (height, width), antialias=True)
+        low_res = resize(_mask_prompt_logits(masks), (height, width), antialias=True)
         prompt = self.mask_downsample(masks.to(self.no_mem_embed.dtype))
-        decoded = self.decode(features, features.coarse, len(masks), mask_logits=prompt)
+        multimask = self.settings.hugging_face_rules
+        decoded = self.decode(features, features.coarse, len(masks), mask_logits=prompt, multimask_output=multimask)
         present = (masks > 0).flatten(1).any(dim=1, keepdim=True)
         scores = _MASK_PROMPT_SCALE * present.to(torch.float32) + _MASK_PROMPT_BIAS
         return TrackOutput(low_res, self.blend_pointers(decoded.obj_ptr, present), scores, scores.new_ones(len(masks)))
 
     def high_res(self, pred_masks: Tensor) -> Tensor:
         """Low-resolution logits at the size of the model input, (B, 1, S, S)."""
-        return _resize(pred_masks, pred_masks.shape[-1] // 4 * self.stride_px)
-
-    # --- memory -------------------------------------------------------------------------------------------------------
-
-    def encode_memory(
-        self,
-        features: TrackerFeatures,
-        mask_logits: Tensor,
-        object_score_logits: Tensor,
-        is_mask_from_points: bool,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """The spatial memory of B objects on a frame, (B, Cm, G, G).
-
-        Args:
-            features: Of the frame.
-            mask_logits: (B, 1, h, w): squashed first, then resized to the encoder's size. The released tracker gives
-                `high_res` masks; its text-prompted model gives logits already resized to `mask_prompt_size`.
-            object_score_logits: (B, 1).
-            is_mask_from_points: Outside training, store zeros and ones in place of probabilities.
-            dtype: Of the result; None: ``memory_dtype``.
-        """
-        logits = mask_logits.to(torch.float32)
-        is_hard = is_mask_from_points and not self.training
-        masks = (logits > 0).to(torch.float32) if is_hard else logits.sigmoid()
-        masks = masks * self.settings.sigmoid_scale_for_mem_enc + self.settings.sigmoid_bias_for_mem_enc
-        side = features.coarse.shape[-1] * self.maskmem_backbone.mask_stride
-        if masks.shape[-2:] != (side, side):
-            masks = _resize(masks, side, antialias=True)
-        memory = self.maskmem_backbone(features.coarse, masks.to(features.coarse.dtype))
-        absent = (object_score_logits <= 0).to(memory.dtype)
-        memory = memory + (absent * self.no_obj_embed_spatial)[..., None, None]
-        return memory.to(self.memory_dtype if dtype is None else dtype)
-
-    def without_memory(self, features: TrackerFeatures) -> Tensor:
-        """What a frame without memory shows to the decoder, (1, C, G, G)."""
-        if self.settings.num_maskmem == 0:
-            return features.coarse
-        return features.coarse + self.no_mem_embed.transpose(1, 2)[..., None]
-
-    def condition(
-        self, frame_idx: int, features: TrackerFeatures, bank: MemoryBank, num_frames: int, reverse: bool = False
-    ) -> Tensor:
-        """The frame as B objects see it through what the bank remembers of them, (B, C, G, G).
-
-        Raises:
-            ValueError: If the bank has nothing for this frame to read.
-        """
-        if self.settings.num_maskmem == 0:
-            return features.coarse
-        settings, with_future = self.settings, self.training
-        memories = attended_memories(bank, frame_idx, settings, num_frames, reverse)
-        pointers = attended_pointers(bank, frame_idx, settings, num_frames, reverse, with_future=with_future)
-        if not memories and not pointers:
-            raise ValueError(f"frame {frame_idx}: no memory to read; give a prompt on some frame first")
-        return self.condition_on_memory(features, memories, pointers, num_frames)
-
-    def condition_on_memory(
-        self,
-        features: TrackerFeatures,
-        memories: Sequence[AttendedMemory],
-        pointers: Sequence[AttendedPointer],
-        num_frames: int,
-    ) -> Tensor:
-        """Memory attention to given records, (B, C, G, G).
-
-        Args:
-            features: Of the current frame.
-            memories: From `attended_memories`.
-            pointers: From `attended_pointers`.
-            num_frames: Of the whole video.
-
-        Raises:
-            ValueError: If a record's memory was dropped or never made.
-        """
-        return self.transformer.encoder(features.coarse, self.memory_tokens(features, memories, pointers, num_frames))
-
-    def memory_tokens(
-        self,
-        features: TrackerFeatures,
-        memories: Sequence[AttendedMemory],
-        pointers: Sequence[AttendedPointer],
-        num_frames: int,
-    ) -> MemoryTokens:
-        """The tokens that `condition_on_memory` attends to."""
-        weight = self.maskmem_tpos_enc
-        grid_hw = (features.coarse.shape[-2], features.coarse.shape[-1])
-        num_objects = (memories[0] if memories else pointers[0]).record.num_objects
-        maps = []
-        for frame_idx, record, _ in memories:
-            if record.maskmem_features is None:
-                raise ValueError(f"the memory of frame {frame_idx} was dropped or never made, and is needed now")
-            maps.append(record.maskmem_features.to(weight.device, weight.dtype).flatten(2).transpose(1, 2))
-        empty = weight.new_zeros(num_objects, 0, grid_hw[0] * grid_hw[1], weight.shape[-1])
-        spatial = torch.stack(maps, dim=1) if maps else empty
-        rows = self.maskmem_tpos_enc[[memory.temporal_index for memory in memories], 0]
-        codes = self.memory_code(grid_hw).to(weight.dtype) + rows
-        return MemoryTokens(spatial, codes, *self._pointer_tokens(pointers, num_objects, num_frames))
-
-    def _pointer_tokens(
-        self, pointers: Sequence[AttendedPointer], num_objects: int, num_frames: int
-    ) -> tuple[Tensor, Tensor]:
-        """Pointers cut into tokens, (B, n, Cm), and the codes of their positions in time, (n, Cm)."""
-        weight = self.maskmem_tpos_enc
-        mem_dim = weight.shape[-1]
-        if not pointers:
-            return weight.new_zeros(num_objects, 0, mem_dim), weight.new_zeros(0, mem_dim)
-        stacked = torch.stack([p.record.obj_ptr.to(weight.device, weight.dtype) for p in pointers], dim=1)
-        tokens = stacked.unflatten(-1, (-1, mem_dim)).flatten(1, 2)
-        limit = max(max_object_pointers(self.settings, num_frames) - 1, 1)
-        positions = torch.tensor([p.position / limit for p in pointers], device=weight.device)
-        codes = self.obj_ptr_tpos_proj(temporal_code(positions, self.config.hidden_dim).to(weight.dtype))
-        return tokens, codes.repeat_interleave(self.config.hidden_dim // mem_dim, dim=0)
-
-
-def temporal_code(positions: Tensor, num_channels: int) -> Tensor:
-    """Sines, then cosines, of positions in time at falling frequencies: (n,) -> float32 (n, num_channels)."""
-    half = num_channels // 2
-    exponents = torch.arange(half, device=positions.device, dtype=torch.float32) // 2 * 2 / half
-    angles = positions.to(torch.float32)[:, None] / 10000.0**exponents
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def _resize(maps: Tensor, size: int | tuple[int, int], antialias: bool = False) -> Tensor:
-    size = (size, size) if isinstance(size, int) else size
-    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False, antialias=antialias)
+        return resize(pred_masks, pred_masks.shape[-1] // 4 * self.stride_px)
 
 
 def _mask_prompt_logits(masks: Tensor) -> Tensor:
@@ -449,7 +259,7 @@ def _check_prompts(points: PointInputs | None, masks: Tensor | None, previous: T
 def _count_objects(points: PointInputs | None, num_objects: int | None, bank: MemoryBank) -> int:
     if points is not None:
         return len(points[1])
-    records = [*bank.cond.values(), *bank.non_cond.values()]
-    if num_objects is None and not records:
+    num_objects = bank.num_objects if num_objects is None else num_objects
+    if not num_objects:
         raise ValueError("num_objects is needed where there are neither prompts nor records")
-    return records[0].num_objects if num_objects is None else num_objects
+    return num_objects
