@@ -113,18 +113,19 @@ def _place_shapes(
         pose = Pose(
             rng.uniform(0, width), rng.uniform(0, height), math.exp(rng.uniform(low, high)), rng.uniform(0, 2 * math.pi)
         )
-        placed = place(_next_shape(rng, objects, style), pose, image_hw)
+        placed = place(next_shape(rng, objects, style), pose, image_hw)
         if placed is None:
             continue
         tried = owner.copy()
         tried[placed.sprite.area][placed.sprite.mask] = len(objects)
-        if _all_visible(tried, [*objects, placed], style):
+        if all_visible(tried, [*objects, placed], style):
             owner = tried
             objects.append(placed)
     return objects, owner
 
 
-def _next_shape(rng: np.random.Generator, objects: list[PlacedShape], style: SceneStyle) -> Shape:
+def next_shape(rng: np.random.Generator, objects: list[PlacedShape], style: SceneStyle) -> Shape:
+    """A random shape, or one that is like another of the scene as often as the style says."""
     if not style.alike_share or not objects or rng.random() >= style.alike_share:
         return sample_shape(rng)
     model, what = objects[rng.integers(len(objects))].shape, rng.random()
@@ -149,7 +150,8 @@ def outline_area_px(shape: Shape, pose: Pose) -> int:
     return round((areas[0] - sum(areas[1:])) * pose.radius_px**2)
 
 
-def _all_visible(owner: np.ndarray, objects: list[PlacedShape], style: SceneStyle) -> bool:
+def all_visible(owner: np.ndarray, objects: list[PlacedShape], style: SceneStyle) -> bool:
+    """Whether enough remains visible of each object; ``owner`` holds the front object's number per pixel, or -1."""
     visible = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:]
     least = [max(style.min_visible_share * item.full_area_px, style.min_visible_area * owner.size) for item in objects]
     return bool((visible >= np.array(least)).all())

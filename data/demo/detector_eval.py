@@ -30,6 +30,35 @@ def scene_phrases(categories: Sequence[str]) -> dict[str, np.ndarray]:
     return {name: names == name for name in sorted(set(categories))}
 
 
+FORMS = {"colour": "{colour} shape", "kind": "{kind}"}
+"""Phrases that leave one of the two words open."""
+
+
+def evaluate_forms(model: Sam3Image, scenes: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """Scores of phrases that name a colour alone ("red shape") or a kind alone ("circle").
+
+    Args:
+        model: With its detector.
+        scenes: As for `evaluate_detector`.
+
+    Returns:
+        Per form ``mask_ap``, ``mask_ap50``, ``box_ap``, ``box_ap50`` and ``phrase_miou``.
+    """
+    processor = Sam3Processor(model, confidence_threshold=CANDIDATES_FROM)
+    answers: dict[str, list[tuple[dict[str, np.ndarray], np.ndarray]]] = {form: [] for form in FORMS}
+    for scene in scenes:
+        state = processor.set_image(scene.image)
+        words = [category.split() for category in scene.categories]
+        for form, pattern in FORMS.items():
+            phrases = scene_phrases([pattern.format(colour=colour, kind=kind) for colour, kind in words])
+            for phrase, members in phrases.items():
+                answers[form].append((ask(processor, state, text=phrase), scene.masks[members]))
+    return {
+        form: {**average_precision(found), "phrase_miou": float(np.mean([union_iou(*one) for one in found]))}
+        for form, found in answers.items()
+    }
+
+
 def absent_phrases(categories: Sequence[str], count: int, seed: int) -> list[str]:
     """Phrases that nothing in a scene answers; each shares one word with an object of the scene."""
     rng = np.random.default_rng(seed)

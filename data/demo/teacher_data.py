@@ -6,9 +6,10 @@ so that no shape of the world's splits is ever trained on.
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,18 +18,25 @@ import torch
 from demo_scenes import ALIKE_STYLE, TRAINING_STYLE, Scene, make_scene
 from demo_shapes import COLOURS, SHAPES
 from PIL import Image
+from teacher_lineups import make_lineup, make_parade
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
+from yacs.config import CfgNode
 
 from sam3.config import Sam3Config
 from sam3.model.prompt_sampling import boxes_from_masks
 from sam3.preprocess import Preprocess
 
-POOL_VERSION = 2
-MAX_OBJECTS = 5
-STYLES = {"training": TRAINING_STYLE, "alike": ALIKE_STYLE}
-FIRST_INDEX = {"training": 1_000_000, "alike": 2_000_000}
+POOL_VERSION = 3
+MAX_OBJECTS = 9
+STYLES: dict[str, Callable[[int, str, int], Scene]] = {
+    "training": functools.partial(make_scene, style=TRAINING_STYLE),
+    "alike": functools.partial(make_scene, style=ALIKE_STYLE),
+    "lineup": make_lineup,
+    "parade": make_parade,
+}
+FIRST_INDEX = {"training": 1_000_000, "alike": 2_000_000, "lineup": 3_000_000, "parade": 4_000_000}
 """First scene number of the pools of a style; the demo world's own splits count from 0."""
 KINDS, COLOUR_NAMES = tuple(SHAPES), tuple(COLOURS)
 
@@ -111,7 +119,7 @@ def _run(jobs: list[tuple[PoolSpec, int]], num_workers: int) -> Iterator[tuple[n
 
 def _make_entry(job: tuple[PoolSpec, int]) -> tuple[np.ndarray, ...]:
     spec, index = job
-    scene = make_scene(spec.seed, spec.split, index, style=STYLES[spec.style])
+    scene = STYLES[spec.style](spec.seed, spec.split, index)
     shapes = [item.shape for item in scene.objects]
     categories = np.array([(KINDS.index(shape.kind), COLOUR_NAMES.index(shape.colour)) for shape in shapes])
     return (*stretch_scene(scene, spec.size_px, spec.grid_size), categories)
@@ -156,6 +164,32 @@ class ScenePool(Dataset[dict[str, Tensor]]):
         }
 
 
+def build_pools(
+    folder: Path, config: Sam3Config, cfg: CfgNode, is_main: bool, names: Sequence[str]
+) -> dict[str, ScenePool]:
+    """What names and the detector are trained and validated on; collective over the run's ranks.
+
+    Args:
+        folder: Gets one folder for each pool.
+        config: Of the model.
+        cfg: Has ``SEED`` and, below ``DATA``, how many scenes each pool has, and ``NUM_WORKERS``.
+        is_main: Whether this rank draws what is not there yet.
+        names: Of "parade", "lineup", "alike" and "val".
+    """
+    from sam3_train.distributed import barrier
+
+    counts = {"parade": "PARADES", "lineup": "LINEUPS", "alike": "SCENES", "val": "VAL_SCENES"}
+    wanted = {}
+    for name in names:
+        split, style = ("val", "alike") if name == "val" else ("train", name)
+        wanted[name] = PoolSpec.for_model(config, split, cfg.DATA[counts[name]], cfg.SEED, style)
+    if is_main:
+        for name, spec in wanted.items():
+            build_pool(folder / f"pool_{name}", spec, cfg.DATA.NUM_WORKERS)
+    barrier()
+    return {name: ScenePool(folder / f"pool_{name}") for name in wanted}
+
+
 def choose_objects(batch: dict[str, Tensor], num_chosen: int, shuffle: bool) -> dict[str, Tensor]:
     """Pick ``num_chosen`` objects of each scene; a scene with fewer gives some of them several times.
 
@@ -180,6 +214,30 @@ def choose_objects(batch: dict[str, Tensor], num_chosen: int, shuffle: bool) -> 
         "boxes": batch["boxes"][scene, chosen],
         "occupied": batch["coverage"].amax(dim=1),
     }
+
+
+def flip(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Flip each scene along x and y and swap x and y, each at random (torch's global generator); colours stay true.
+
+    Args:
+        batch: Collated items of a `ScenePool`.
+    """
+    images, coverage, boxes = [], [], []
+    last = batch["image"].shape[-1] - 1
+    for image, cover, box in zip(batch["image"], batch["coverage"], batch["boxes"], strict=True):
+        flip_x, flip_y, swap = (torch.rand(3) < 0.5).tolist()
+        if flip_x:
+            image, cover = image.flip(-1), cover.flip(-1)
+            box = torch.stack([last - box[:, 2], box[:, 1], last - box[:, 0], box[:, 3]], dim=1)
+        if flip_y:
+            image, cover = image.flip(-2), cover.flip(-2)
+            box = torch.stack([box[:, 0], last - box[:, 3], box[:, 2], last - box[:, 1]], dim=1)
+        if swap:
+            image, cover, box = image.mT, cover.mT, box[:, [1, 0, 3, 2]]
+        images.append(image)
+        coverage.append(cover)
+        boxes.append(box)
+    return {**batch, "image": torch.stack(images), "coverage": torch.stack(coverage), "boxes": torch.stack(boxes)}
 
 
 def augment(batch: dict[str, Tensor]) -> dict[str, Tensor]:

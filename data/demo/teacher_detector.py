@@ -1,33 +1,42 @@
 """The training task of the tiny teacher's detector side: phrases and exemplars in, set losses out.
 
-The trunk learned to segment and is not touched, so that the SAM heads keep what they know. It tells colours apart and
-shapes hardly at all: a linear probe on the mean feature over an object names nearly 100% of the colours and 13% of the
-13 shapes right. What the detector finds by its shape's name alone is limited by that.
+The trunk learned to segment and to name (`teacher_names`) and is not touched, so that the SAM heads keep what they
+know.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Any, ClassVar
+from collections.abc import Iterator
+from typing import Any, ClassVar, cast
 
 import torch
 from detector_queries import Queries, draw_queries, normalised_boxes
-from teacher_data import COLOUR_NAMES, KINDS
+from teacher_data import COLOUR_NAMES, KINDS, flip
 from torch import Tensor, nn
 
 from sam3.model.data_misc import FindStage
 from sam3.model.matcher import BinaryHungarianMatcherV2, SetTargets
 from sam3.model.sam3_image import Sam3Image
+from sam3.sam.layers import MLP
 from sam3_train.metrics import mask_iou
-from sam3_train.set_losses import SetLossWeights, set_losses
+from sam3_train.set_losses import SetLossWeights, semantic_loss, set_losses
 from sam3_train.task import Task, freeze
 
 VALIDATION_KINDS = ("category", "kind", "colour", "exemplar", "absent")
 SCORE_THRESHOLD = 0.5
+LOSS_WEIGHTS = SetLossWeights(score_alpha=0.5, score_gamma=0.0)
+"""Cross entropy in place of the focal loss: with 24 queries there are no thousands of easy negatives to discount, and
+scores that are probabilities can be compared with a threshold of 0.5."""
+MARKED_WEIGHT = 4.0
 
 
 class DetectorTask(Task):
-    """Batch of scenes in, losses out: set losses and word hints. Trunk and SAM heads stay as they are."""
+    """Batch of scenes in, losses out: set losses and hints. Trunk and SAM heads stay as they are.
+
+    Boxes and masks are learned from all objects of a scene, whatever the prompt; scores tell those that it asks for.
+    """
 
     best_metric: ClassVar[str] = "iou_category"
     best_mode: ClassVar[str] = "max"
@@ -35,27 +44,33 @@ class DetectorTask(Task):
     steps_done: Tensor
 
     def __init__(
-        self, model: Sam3Image, prompts_per_image: int = 4, one_to_many_repeats: int = 3, hint_steps: int = 0
+        self,
+        model: Sam3Image,
+        prompts_per_image: int = 5,
+        masked_per_image: int = 1,
+        one_to_many_repeats: int = 3,
+        hint_steps: int = 0,
     ) -> None:
         """
         Args:
             model: With its detector.
-            prompts_per_image: Prompts drawn for each scene.
+            prompts_per_image: Prompts drawn for each scene that are answered with boxes alone.
+            masked_per_image: Further prompts for each scene that are answered with masks too, at twice the cost.
             one_to_many_repeats: Queries per object in the branch where several may claim the same one.
-            hint_steps: So many steps only the word hints are trained, which is many times cheaper than prompts; a
-                detector whose images and words have nothing in common yet learns very slowly.
+            hint_steps: So many steps only the word hints are trained, which is many times cheaper than prompts.
         """
         super().__init__()
         self.model = model
         self.matcher = BinaryHungarianMatcherV2()
-        self.weights = SetLossWeights()
         self.prompts_per_image = prompts_per_image
+        self.masked_per_image = masked_per_image
         self.one_to_many_repeats = one_to_many_repeats
         self.hint_steps = hint_steps
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
         vision = model.backbone.vision_backbone
         freeze(vision.trunk)
         self.hints = WordHints(model.config.hidden_dim)
+        self.marked = nn.Linear(model.config.hidden_dim, 1)
         if vision.sam2_convs is not None:
             freeze(vision.sam2_convs)
         if model.inst_interactive_predictor is not None:
@@ -85,14 +100,27 @@ class DetectorTask(Task):
         loss = kind + colour
         terms = {"kind": kind.detach(), "colour": colour.detach()}
         if int(self.steps_done) >= self.hint_steps:
-            queries = draw_queries(batch, self.prompts_per_image)
-            outputs = self._ground(backbone_out, queries)
-            targets, masks = self._targets(batch, queries)
-            judged = set_losses(outputs, targets, masks, self.matcher, self.weights, self.one_to_many_repeats)
-            loss = loss + judged.pop("loss")
-            terms |= judged
+            with without_masks(self.model):
+                judged = self._judge(backbone_out, batch, self.prompts_per_image)
+            masked = self._judge(backbone_out, batch, self.masked_per_image)
+            share = self.masked_per_image / (self.masked_per_image + self.prompts_per_image)
+            loss = loss + (1 - share) * judged.pop("loss") + share * masked.pop("loss")
+            terms |= masked | judged
         self.steps_done += 1
         return {"loss": loss, **terms}
+
+    def _judge(self, backbone_out: dict[str, Any], batch: dict[str, Tensor], per_image: int) -> dict[str, Tensor]:
+        """Draw prompts, answer them, and judge the answers: the terms of the set losses and ``marked``."""
+        queries = draw_queries(batch, per_image)
+        outputs = self._ground(dict(backbone_out), queries)
+        targets, masks = self._targets(batch, queries)
+        judged = set_losses(outputs, targets, masks, self.matcher, LOSS_WEIGHTS, self.one_to_many_repeats)
+        # The encoder's image tokens must tell by themselves, coarsely, which cells the prompt means.
+        logits = self.marked(outputs["encoder_hidden_states"]).permute(1, 2, 0)
+        side = backbone_out["backbone_fpn"][-1].shape[-1]
+        coarse = nn.functional.adaptive_avg_pool2d(masks, side)
+        marked = semantic_loss(logits.unflatten(-1, (side, side)), targets, coarse)
+        return {**judged, "loss": judged["loss"] + MARKED_WEIGHT * marked, "marked": marked.detach()}
 
     def validate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Per scene: overlap of everything found with everything meant, for each kind of prompt; for phrases that
@@ -110,7 +138,7 @@ class DetectorTask(Task):
                 targets, masks = self._targets(batch, queries)
                 values[f"iou_{kind}"] = found_iou(outputs, targets, masks)
                 if kind == "category":
-                    values["loss"] = set_losses(outputs, targets, masks, self.matcher, self.weights)["loss"]
+                    values["loss"] = set_losses(outputs, targets, masks, self.matcher, LOSS_WEIGHTS)["loss"]
         return values
 
     def batch_size(self, batch: Any) -> int:
@@ -142,7 +170,9 @@ class DetectorTask(Task):
     def _targets(self, batch: dict[str, Tensor], queries: Queries) -> tuple[SetTargets, Tensor]:
         per_image = len(queries.texts) // len(batch["image"])
         boxes = normalised_boxes(batch["boxes"], batch["image"].shape[-1])
-        targets = SetTargets(boxes.repeat_interleave(per_image, dim=0), queries.members)
+        is_real = torch.arange(boxes.shape[1], device=boxes.device) < batch["count"][:, None]
+        boxes, is_real = (values.repeat_interleave(per_image, dim=0) for values in (boxes, is_real))
+        targets = SetTargets(boxes, is_real, queries.members)
         return targets, (batch["coverage"].float() / 255.0).repeat_interleave(per_image, dim=0)
 
 
@@ -205,32 +235,28 @@ def found_iou(outputs: dict[str, Any], targets: SetTargets, masks_bthw: Tensor) 
     scores = outputs["pred_logits"][..., 0].sigmoid() * outputs["presence_logit_dec"].sigmoid()
     kept = (scores > SCORE_THRESHOLD)[..., None, None]
     found = ((outputs["pred_masks"] > 0) & kept).any(dim=1)
-    meant = ((masks_bthw > 0.5) & targets.valid_bt[..., None, None]).any(dim=1)
+    meant = ((masks_bthw > 0.5) & targets.answers_bt[..., None, None]).any(dim=1)
     return mask_iou(found, meant)
 
 
-def flip(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Flip the scenes along x and y and swap x and y, each at random for the whole batch; colours stay true."""
-    image, coverage, boxes = batch["image"], batch["coverage"], batch["boxes"]
-    last = image.shape[-1] - 1
-    flip_x, flip_y, swap = (torch.rand(3) < 0.5).tolist()
-    if flip_x:
-        image, coverage = image.flip(-1), coverage.flip(-1)
-        boxes = torch.stack([last - boxes[..., 2], boxes[..., 1], last - boxes[..., 0], boxes[..., 3]], dim=-1)
-    if flip_y:
-        image, coverage = image.flip(-2), coverage.flip(-2)
-        boxes = torch.stack([boxes[..., 0], last - boxes[..., 3], boxes[..., 2], last - boxes[..., 1]], dim=-1)
-    if swap:
-        image, coverage, boxes = image.mT, coverage.mT, boxes[..., [1, 0, 3, 2]]
-    return {**batch, "image": image, "coverage": coverage, "boxes": boxes}
+@contextlib.contextmanager
+def without_masks(model: Sam3Image) -> Iterator[None]:
+    """Inside, the model answers with boxes alone: masks are more than half of what a prompt costs."""
+    head, model.segmentation_head = model.segmentation_head, None
+    try:
+        yield
+    finally:
+        model.segmentation_head = head
 
 
 @torch.no_grad()
 def init_for_training(model: Sam3Image, seed: int) -> None:
-    """Two steps from the usual initialisation that a decoder this small profits from.
+    """Steps from the usual initialisation that a decoder this small profits from.
 
     In the fusion encoder, image tokens start to read the words that resemble them: queries and keys of its cross
-    attention share one orthogonal map. The queries' first boxes lie on a grid over the image, not at random.
+    attention share one orthogonal map. The queries' first boxes lie on a grid over the image, not at random, and each
+    query starts to look into its box: the further a cell is outside, the less it is attended to. The finer maps start
+    as those that the SAM heads read, which show where objects end.
     """
     if model.transformer is None:
         raise ValueError("this model has no detector: build it with enable_detector=True")
@@ -241,10 +267,31 @@ def init_for_training(model: Sam3Image, seed: int) -> None:
             tied = nn.init.orthogonal_(torch.empty(dim, dim), gain=2.0, generator=generator)
             weight[:dim].copy_(tied)
             weight[dim : 2 * dim].copy_(tied)
+    decoder = model.transformer.decoder
+    for embed in (decoder.boxRPB_embed_x, decoder.boxRPB_embed_y):
+        _look_inside(embed)
     count = model.config.decoder.num_queries
     columns = math.ceil(count**0.5)
     rows = math.ceil(count / columns)
     index = torch.arange(count)
     boxes = torch.stack([(index % columns + 0.5) / columns, (index // columns + 0.5) / rows], dim=1)
     boxes = torch.cat([boxes, torch.full_like(boxes, 0.3)], dim=1)
-    model.transformer.decoder.reference_points.weight.copy_(torch.logit(boxes))
+    decoder.reference_points.weight.copy_(torch.logit(boxes))
+    vision = model.backbone.vision_backbone
+    if vision.sam2_convs is not None:
+        for own, other in list(zip(vision.convs, vision.sam2_convs, strict=True))[: vision.num_levels - 1]:
+            own.load_state_dict(other.state_dict())
+
+
+def _look_inside(embed: MLP) -> None:
+    """Make the bias 0 between the two edges and fall outside, in each head at another rate.
+
+    The input is how far a cell is right of the first and of the second edge, on a logarithmic scale.
+    """
+    hidden, out = (cast(nn.Linear, layer) for layer in embed.layers)
+    slopes = torch.linspace(2.0, 20.0, out.out_features)
+    hidden.weight[:2] = torch.tensor([[-1.0, 0.0], [0.0, 1.0]])
+    hidden.bias[:2] = 0.0
+    out.weight.mul_(0.1)
+    out.weight[:, :2] = -slopes[:, None]
+    out.bias.zero_()

@@ -7,8 +7,10 @@
 The first line is for two CPU cores: ``--batch-size`` counts scenes per process, and two times two are the four scenes
 per step that the recipe's schedule was made for.
 The same command again resumes. The run's folder (default ``output/demo/teacher``) holds the generated scenes, the
-checkpoints and ``log_rank0.txt``. The result is ``data/demo/tiny_teacher.safetensors`` (fp16, the released layout) and
-``data/demo/tiny_teacher.json``: command, seed, time, device, and mIoU on the held-out test scenes of the demo world.
+checkpoints and ``log_rank0.txt``. The result is ``output/demo/teacher/promptable.safetensors`` (fp16, the released
+layout) and a JSON file beside it: command, seed, time, device, and mIoU on the held-out test scenes of the demo world.
+It is the first of the steps that make the shipped file, ``data/demo/tiny_teacher.safetensors``; `train_tiny_names.py`
+and `train_tiny_detector.py` follow.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from sam3_train.run_record import package_versions
 HERE = Path(__file__).resolve().parent
 WEIGHTS = HERE / "tiny_teacher.safetensors"
 RECORD = HERE / "tiny_teacher.json"
+PROMPTABLE = Path("output/demo/teacher/promptable.safetensors")
 TRAINING_NOTE = "training.json"
 SCRIPT = "data/demo/train_tiny_teacher.py"
 FIRST_SCENES = 6
@@ -71,7 +74,9 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
 
 
 def _main(argv: list[str] | None) -> int:
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    parser.set_defaults(weights=PROMPTABLE)
+    args = parser.parse_args(argv)
     cfg = load_config(get_defaults(), args.cfg, args.opts or [])
     apply_flags(cfg, args)
     # torch is imported only once the flags are right.
@@ -187,11 +192,9 @@ def torch_threads() -> int:
 def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Write the weights of the newest checkpoint and measure them on held-out scenes, through the predictor."""
     import torch
-    from demo_eval import evaluate_promptable, generate_test_scenes
     from teacher_task import PromptableTask
 
-    from sam3 import load_model
-    from sam3.checkpoint_io import sha256_file, write_merged
+    from sam3.checkpoint_io import write_merged
     from sam3.config import Sam3Config
     from sam3.released_names import to_released
     from sam3_train.checkpoint import load_checkpoint
@@ -209,22 +212,31 @@ def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
         "provenance": {"epoch": state["epoch"], "step": state["step"], "seed": cfg.SEED},
     }
     write_merged(args.weights, to_released(model.state_dict(), config), metadata, dtype=torch.float16)
+    record = promptable_record(cfg, args, state)
+    args.weights.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(record["miou"]))
+
+
+def promptable_record(cfg: CfgNode, args: argparse.Namespace, state: dict[str, Any]) -> dict[str, Any]:
+    """What is noted beside written weights: how they were made, and the masks of prompts on held-out scenes."""
+    from demo_eval import evaluate_promptable, generate_test_scenes
+
+    from sam3 import load_model
+    from sam3.checkpoint_io import sha256_file
+
     shipped = load_model(args.weights, device="cpu")
     scenes = generate_test_scenes(args.test_scenes)
-    scores = evaluate_promptable(shipped, scenes)
     note = Path(cfg.OUTPUT) / TRAINING_NOTE
-    record = {
+    return {
         **(json.loads(note.read_text()) if note.is_file() else {}),
         "seed": cfg.SEED,
         "steps": state["step"],
         "test_scenes": args.test_scenes,
-        "miou": scores,
+        "miou": evaluate_promptable(shipped, scenes),
         "miou_first_scenes": evaluate_promptable(shipped, scenes[:FIRST_SCENES]),
         "weights_sha256": sha256_file(args.weights),
         "versions": package_versions(("torch", "numpy", "pillow", "scikit-image")),
     }
-    args.weights.with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record["miou"]))
 
 
 def main(argv: list[str] | None = None) -> int:
