@@ -13,6 +13,8 @@ from sam3.version import __version__
 _EXPORTS = {
     "build_efficientsam3_image_model": "sam3.model_builder",
     "build_sam3_image_model": "sam3.model_builder",
+    "build_sam3_video_model": "sam3.model_builder",
+    "build_sam3_video_predictor": "sam3.model_builder",
     "load_model": "sam3.loading",
     "Preprocess": "sam3.preprocess",
     "Sam3Config": "sam3.config",
@@ -26,6 +28,8 @@ __all__ = [
     "__version__",
     "build_efficientsam3_image_model",
     "build_sam3_image_model",
+    "build_sam3_video_model",
+    "build_sam3_video_predictor",
     "load_model",
 ]
 

@@ -28,6 +28,7 @@ from sam3.model.vl_backbone import SAM3VLBackbone
 from sam3.preprocess import Preprocess
 from sam3.released_names import load_released, load_trunk
 from sam3.sam.heads import SamHeads
+from sam3.video_builder import build_sam3_video_model, build_sam3_video_predictor
 
 __all__ = [
     "STUDENT_SIZES",
@@ -35,6 +36,8 @@ __all__ = [
     "build_efficientsam3_image_model",
     "build_sam3_image_model",
     "build_sam3_trunk",
+    "build_sam3_video_model",
+    "build_sam3_video_predictor",
     "build_trunk",
     "download_ckpt_from_hf",
     "student_backbone",
@@ -151,7 +154,7 @@ def build_sam3_image_model(
         CheckpointError: If the file cannot be read, downloaded, or does not fit the description.
         ValueError: If ``bpe_path`` is another vocabulary than the released one.
     """
-    _require_released_vocabulary(bpe_path)
+    require_released_vocabulary(bpe_path)
     config = Sam3Config.preset(config) if isinstance(config, str) else config
     path = _weights_path(checkpoint_path, load_from_HF, config)
     model = assemble_image_model(
@@ -215,7 +218,7 @@ def build_efficientsam3_image_model(
         ValueError: If there is no such student, or ``bpe_path`` is another vocabulary than the released one.
         PreprocessMismatchError: If ``preprocess`` contradicts the file's record.
     """
-    _require_released_vocabulary(bpe_path)
+    require_released_vocabulary(bpe_path)
     backbone = None if backbone_type is None and model_name is None else student_backbone(backbone_type, model_name)
     parts: dict[str, Any] = {
         "enable_inst_interactivity": enable_inst_interactivity,
@@ -284,7 +287,12 @@ def _finish(model: Sam3Image, device: torch.device | str | None, eval_mode: bool
     return model.train()
 
 
-def _require_released_vocabulary(bpe_path: str | Path | None) -> None:
+def require_released_vocabulary(bpe_path: str | Path | None) -> None:
+    """Check a vocabulary that a caller brings along.
+
+    Raises:
+        ValueError: If it is another than the released one.
+    """
     if bpe_path is None:
         return
     if not Path(bpe_path).is_file():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,6 +17,8 @@ class VideoConfig:
 
     score_threshold_detection: float = 0.5
     """Detections with a score strictly above it exist."""
+    use_presence: bool = True
+    """A score is the probability that the text is on the frame times that of the query; False: the latter alone."""
     det_nms_thresh: float = 0.1
     """A detection whose IoU with a better one is above it is dropped."""
     assoc_iou_thresh: float = 0.1
@@ -87,6 +91,10 @@ class VideoConfig:
                 "hotstart_unmatch_thresh and hotstart_dup_thresh must be positive while hotstart_delay is "
                 f"{self.hotstart_delay}: with 0 every object would end at once"
             )
+
+    def replace(self, **changes: Any) -> VideoConfig:
+        """A copy with some fields changed (``dataclasses.replace``)."""
+        return dataclasses.replace(self, **changes)
 
     @classmethod
     def without_temporal_disambiguation(cls) -> VideoConfig:

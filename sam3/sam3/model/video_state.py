@@ -1,0 +1,163 @@
+"""Everything that belongs to one video of the text-prompted model, and nothing that belongs to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from sam3.model.memory_policy import EditRefusedError
+from sam3.model.memory_pruning import Front
+from sam3.model.prompt import Prompt
+from sam3.model.video_association import Hotstart
+from sam3.model.video_config import VideoConfig
+from sam3.model.video_detection import EncodedFrame
+from sam3.model.video_groups import Scene, TrackedGroup
+from sam3.model.video_outputs import OutputCache
+from sam3.video.frame_source import FrameSource
+
+
+@dataclass
+class TextPrompt:
+    """What the detector looks for on all frames."""
+
+    text: str | None
+    """None: the boxes alone say what to find."""
+    features: Mapping[str, Tensor]
+    """``language_features`` and ``language_mask`` of one text."""
+    number: int
+    """Tells prompts of one session apart."""
+
+
+@dataclass
+class VideoState:
+    """One video: its frames, prompts, objects, and what is remembered of it.
+
+    Attributes:
+        edit_window: So many of the last frames can be clicked, propagated from and fetched again; None: all frames,
+            for which memory grows with the video.
+    """
+
+    frames: FrameSource
+    scene: Scene
+    config: VideoConfig
+    edit_window: int | None
+    prompt: TextPrompt | None = None
+    boxes: dict[int, Prompt] = field(default_factory=dict)
+    """Frame -> geometric prompt."""
+    groups: list[TrackedGroup] = field(default_factory=list)
+    hotstart: Hotstart = field(init=False)
+    last_occluded: dict[int, int] = field(default_factory=dict)
+    scores: dict[int, float] = field(default_factory=dict)
+    """Living object -> the score of its first detection; 1 after a click."""
+    next_obj_id: int = 0
+    cache: OutputCache = field(default_factory=OutputCache)
+    encoded: EncodedFrame | None = None
+    """The last frame."""
+    first_frame: int | None = None
+    """The first frame that was processed; propagation backward starts before it."""
+    last_frame: int | None = None
+    """The frame that was processed last."""
+    was_propagated: bool = False
+    touched: dict[bool, set[int]] = field(default_factory=lambda: {False: set(), True: set()})
+    """Direction -> objects that were clicked since the last propagation in it."""
+    num_edits: int = 0
+    """Prompts, clicks and removals so far: a propagation that runs meanwhile ends."""
+
+    def __post_init__(self) -> None:
+        self.hotstart = Hotstart(self.config)
+
+    @property
+    def num_frames(self) -> int | None:
+        """Of the video; None while nobody knows."""
+        return self.frames.num_frames
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        """Height and width of the video."""
+        return self.frames.size_hw
+
+    @property
+    def obj_ids(self) -> list[int]:
+        """Living objects in ascending order."""
+        return sorted(self.scores)
+
+    def group_of(self, obj_id: int) -> TrackedGroup | None:
+        """The group that tracks an object."""
+        return next((group for group in self.groups if obj_id in group.obj_ids), None)
+
+    def clear(self) -> None:
+        """Forget prompts, objects and outputs; the video stays open and encoded."""
+        fresh = VideoState(self.frames, self.scene, self.config, self.edit_window)
+        keep = {"encoded": self.encoded, "num_edits": self.num_edits + 1}
+        self.__dict__.update(vars(fresh) | keep)
+
+    def add_objects(self, obj_ids: list[int], scores: list[float], frame_idx: int, is_from_user: bool = False) -> None:
+        """Take in new objects."""
+        self.hotstart.add(obj_ids, frame_idx, is_from_user)
+        self.scores.update(zip(obj_ids, scores, strict=True))
+        self.next_obj_id = max(self.next_obj_id, *(obj_id + 1 for obj_id in obj_ids))
+
+    def discard_objects(self, obj_ids: set[int]) -> None:
+        """Forget objects for good."""
+        if not obj_ids:
+            return
+        shared = self.scene.tracker.settings.shared_iou_score
+        groups = [group.without(obj_ids, shared) for group in self.groups]
+        self.groups = [group for group in groups if group is not None]
+        self.hotstart.discard(obj_ids)
+        self.cache.discard_objects(obj_ids)
+        for obj_id in obj_ids:
+            self.scores.pop(obj_id, None)
+            self.last_occluded.pop(obj_id, None)
+            for touched in self.touched.values():
+                touched.discard(obj_id)
+
+    def require_editable(self, frame_idx: int) -> None:
+        """Check that a frame's records are all there.
+
+        Raises:
+            EditRefusedError: If they may have been dropped.
+        """
+        if self.edit_window is None or self.last_frame is None:
+            return
+        reached = abs(frame_idx - self.last_frame)
+        if reached > max(self.edit_window, 1):
+            raise EditRefusedError(
+                f"frame {frame_idx} is {reached} frames from the last one, {self.last_frame}, and this session keeps "
+                f"edit_window={self.edit_window}: open the video with a larger one, or None to keep everything"
+            )
+
+    def prune(self, frame_idx: int, reverse: bool, is_again: bool = False) -> None:
+        """Drop what no frame after this one can read; see `sam3.model.memory_pruning`.
+
+        Args:
+            frame_idx: The frame that was processed.
+            reverse: Where it goes on.
+            is_again: The frame itself will be processed once more.
+        """
+        self.last_frame = frame_idx
+        if self.first_frame is None:
+            self.first_frame = frame_idx
+        if self.edit_window is None:
+            return
+        window = self.edit_window
+        step = -1 if reverse else 1
+        oldest = frame_idx - step * (max(window - 1, 0) if window or is_again else -1)
+        fronts = [Front(oldest, reverse)]
+        if not reverse and not self.frames.is_sequential and self.first_frame > 0:
+            fronts.append(Front(self.first_frame - 1, reverse=True))
+        first, last = sorted((oldest, frame_idx))
+        if not window and not is_again:
+            first, last = 0, -1
+        for group in self.groups:
+            if not self._may_lose_an_object(group, frame_idx):
+                group.prune(self.scene, fronts, first, last)
+        self.cache.keep_between(min(frame_idx, oldest), max(frame_idx, oldest))
+        self.boxes = {t: box for t, box in self.boxes.items() if t * step >= (frame_idx - step) * step}
+
+    def _may_lose_an_object(self, group: TrackedGroup, frame_idx: int) -> bool:
+        """Whether the probation of one object can yet change which frames are good for the others of its group."""
+        is_shared = self.scene.tracker.settings.shared_iou_score and len(group.obj_ids) > 1
+        return is_shared and abs(frame_idx - group.first_frame) <= self.config.hotstart_delay
