@@ -108,7 +108,9 @@ def hf_tracker_video_config(config: Sam3Config) -> Any:
     channels, attention = tracker.memory_encoder.mask_channels, tracker.memory_attention
     if channels != tuple(4 ** (i + 1) for i in range(len(channels))):
         raise ValueError(f"Hugging Face's memory encoder has no place for mask_channels {channels}")
+    image_size: dict[str, Any] = {"image_size": config.image_size_px}  # not among their declared arguments
     return transformers.Sam3TrackerVideoConfig(
+        **image_size,
         vision_config=hf_vision_config(config),
         prompt_encoder_config={
             "hidden_size": dim,
@@ -125,7 +127,6 @@ def hf_tracker_video_config(config: Sam3Config) -> Any:
             "iou_head_depth": heads.head_depth,
             "iou_head_hidden_dim": heads.head_hidden_dim,
         },
-        image_size=config.image_size_px,
         num_maskmem=tracker.num_maskmem,
         max_cond_frame_num=tracker.max_cond_frames_in_attn,
         max_object_pointers_in_encoder=tracker.max_obj_ptrs_in_encoder,
@@ -150,7 +151,7 @@ def build_hf_tracker_video_model(model: Sam3Image) -> nn.Module:
 
     config = model.config
     with torch.device(model.device):
-        hf = transformers.Sam3TrackerVideoModel(hf_tracker_video_config(config))
+        hf: Any = transformers.Sam3TrackerVideoModel(hf_tracker_video_config(config))
         for layer in hf.memory_attention.layers:  # made for memories of 64 channels, whatever the configuration says
             layer.cross_attn_image.k_proj = nn.Linear(config.tracker.mem_dim, config.hidden_dim)
             layer.cross_attn_image.v_proj = nn.Linear(config.tracker.mem_dim, config.hidden_dim)

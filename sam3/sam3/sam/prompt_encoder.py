@@ -74,10 +74,20 @@ class PromptEncoder(nn.Module):
             nn.Conv2d(mask_in_channels, embed_dim, 1),
         )
         self.no_mask_embed = nn.Embedding(1, embed_dim)
+        self._dense_pe: tuple[tuple[object, ...], Tensor, Tensor] | None = None
 
     def get_dense_pe(self, grid_size: int) -> Tensor:
-        """Position code of the feature grid, (1, C, G, G), in the weights' dtype."""
-        return self.pe_layer.encode_grid((grid_size, grid_size)).to(self.no_mask_embed.weight.dtype)
+        """Position code of the feature grid, (1, C, G, G), in the weights' dtype; the last one is kept."""
+        matrix, dtype = self.pe_layer.positional_encoding_gaussian_matrix, self.no_mask_embed.weight.dtype
+        if matrix.is_inference() or torch.compiler.is_compiling():  # its changes cannot be seen
+            return self.pe_layer.encode_grid((grid_size, grid_size)).to(dtype)
+        key = (grid_size, dtype, matrix._version)
+        kept = self._dense_pe
+        if kept is None or kept[0] != key or kept[1] is not matrix:
+            with torch.inference_mode(False), torch.no_grad():  # for training too, whoever asks first
+                code = self.pe_layer.encode_grid((grid_size, grid_size)).to(dtype)
+            self._dense_pe = kept = (key, matrix, code)
+        return kept[2]
 
     def embed_points(self, coords_xy_px: Tensor, labels: Tensor, image_size_px: int) -> Tensor:
         """Sparse tokens of clicks and box corners.
