@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from golden import detector_value, table
@@ -22,7 +21,13 @@ ENCODER = FusionEncoderConfig(num_layers=2, num_heads=4, mlp_dim=48, dropout=0.0
 DECODER = DecoderConfig(num_layers=3, num_queries=7, num_heads=4, mlp_dim=48, dropout=0.0)
 SCORING = ScoringConfig(mlp_dim=48, dropout=0.0)
 SEGMENTATION = SegmentationHeadConfig(num_heads=4)
-PREFIXES = {
+CONFIGS: dict[type[nn.Module], Any] = {
+    TransformerEncoderFusion: ENCODER,
+    TransformerDecoder: DECODER,
+    DotProductScoring: SCORING,
+    UniversalSegmentationHead: SEGMENTATION,
+}
+PREFIXES: dict[type[nn.Module], str] = {
     TransformerEncoderFusion: "transformer.encoder.",
     TransformerDecoder: "transformer.decoder.",
     DotProductScoring: "dot_prod_scoring.",
@@ -39,13 +44,7 @@ def with_golden_weights(module: nn.Module) -> nn.Module:
 
 def build(kind: type[nn.Module]) -> nn.Module:
     """A small part of the detector by its class."""
-    configs = {
-        TransformerEncoderFusion: ENCODER,
-        TransformerDecoder: DECODER,
-        DotProductScoring: SCORING,
-        UniversalSegmentationHead: SEGMENTATION,
-    }
-    return with_golden_weights(kind(configs[kind], DIM))
+    return with_golden_weights(kind(CONFIGS[kind], DIM))
 
 
 class Inputs(NamedTuple):
@@ -91,10 +90,25 @@ def one_item(inputs: Inputs, index: int) -> Inputs:
     )
 
 
-def hash_of_keys(state_dict: Mapping[str, Tensor], prefix: str) -> str:
-    """SHA-256 of sorted lines "key (shape)"."""
-    lines = sorted(f"{prefix}{key} {tuple(value.shape)}" for key, value in state_dict.items())
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+def in_bf16(inputs: Inputs) -> Inputs:
+    """The same inputs, rounded."""
+    return inputs._replace(**{key: getattr(inputs, key).bfloat16() for key in ("tokens", "pos", "prompt")})
+
+
+def assert_released(kind: type[nn.Module], num_keys: int, num_parameters: int, digest: str) -> None:
+    """A part at its released size has the released keys and shapes.
+
+    Args:
+        kind: The part's class.
+        num_keys: Of its state dict.
+        num_parameters: Numbers in it.
+        digest: SHA-256 of sorted lines "key (shape)" under the released names.
+    """
+    with torch.device("meta"):
+        state = kind(type(CONFIGS[kind])(), 256).state_dict()
+    assert (len(state), sum(value.numel() for value in state.values())) == (num_keys, num_parameters)
+    lines = sorted(f"detector.{PREFIXES[kind]}{key} {tuple(value.shape)}" for key, value in state.items())
+    assert hashlib.sha256("\n".join(lines).encode()).hexdigest() == digest
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from detector_parts import DECODER, DIM, build, hash_of_keys, make_inputs, relative_error, with_other_padding
+from detector_parts import DECODER, DIM, assert_released, build, make_inputs, relative_error, with_other_padding
 from golden import table
 from torch import Tensor
 
@@ -34,12 +34,8 @@ def decoded(layers: int, num_queries: int = DECODER.num_queries) -> DecoderOutpu
 
 
 def test_released_names_and_shapes() -> None:
-    with torch.device("meta"):
-        state = DotProductScoring(ScoringConfig(), 256).state_dict()
-    assert len(state) == 10
-    assert sum(v.numel() for v in state.values()) == 1_182_976
     digest = "0827f0ff3996c0baa1888b401923ce95f17e2fe7595649b6a512a800a6102313"
-    assert hash_of_keys(state, "detector.dot_prod_scoring.") == digest
+    assert_released(DotProductScoring, 10, 1_182_976, digest)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ from detector_parts import (
     DIM,
     SEGMENTATION,
     Inputs,
+    assert_released,
     build,
-    hash_of_keys,
+    in_bf16,
     make_inputs,
     one_item,
     relative_error,
@@ -19,7 +20,6 @@ from detector_parts import (
 from golden import table
 from torch import Tensor
 
-from sam3.config import SegmentationHeadConfig
 from sam3.model.segmentation_head import UniversalSegmentationHead
 
 NUM_QUERIES = 7
@@ -48,12 +48,8 @@ def run(
 
 
 def test_released_names_and_shapes() -> None:
-    with torch.device("meta"):
-        state = UniversalSegmentationHead(SegmentationHeadConfig(), 256).state_dict()
-    assert len(state) == 28
-    assert sum(v.numel() for v in state.values()) == 2_298_881
     digest = "d0933bf552a1a37412da053e391728670eaf2c1c454233e63efbeec22d79d156"
-    assert hash_of_keys(state, "detector.segmentation_head.") == digest
+    assert_released(UniversalSegmentationHead, 28, 2_298_881, digest)
 
 
 @torch.no_grad()
@@ -154,9 +150,9 @@ def test_gradients_reach_every_weight_that_is_read(head: UniversalSegmentationHe
 def test_bf16_stays_close(head: UniversalSegmentationHead) -> None:
     inputs, maps = make_inputs(SIZE_HW), pyramid(1)
     expected = run(head, maps, inputs, [0, 0])
-    low = build(UniversalSegmentationHead).to(torch.bfloat16)
+    low, rounded = build(UniversalSegmentationHead).to(torch.bfloat16), in_bf16(inputs)
     halves = [m.bfloat16() for m in maps]
-    args = (inputs.tokens.bfloat16(), inputs.prompt.bfloat16(), inputs.prompt_mask)
+    args = (rounded.tokens, rounded.prompt, rounded.prompt_mask)
     out = low(halves, queries(2).bfloat16(), torch.tensor([0, 0]), *args)
     for name in ("pred_masks", "semantic_seg"):
         assert out[name].dtype == torch.bfloat16
