@@ -48,6 +48,38 @@ class DetectorScore:
 
 
 @dataclass(frozen=True)
+class TrackingScore:
+    """Mean J&F on the held-out clips for one kind of prompt."""
+
+    prompt: str
+    teacher: float
+    student: float
+
+
+@dataclass(frozen=True)
+class TrackedClip:
+    """Pictures of one clip that teacher and student have tracked."""
+
+    title: str
+    strip_jpeg: bytes
+    """Frames with the prompts, the teacher's masks, the student's masks: three rows."""
+    animation_webp: bytes
+    """The teacher's masks on the left, the student's on the right."""
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What the tracker does on the held-out clips."""
+
+    scores: Sequence[TrackingScore]
+    stand_still: float
+    """J&F of the exact first masks, kept as they are."""
+    num_objects: int
+    num_clips: int
+    clips: Sequence[TrackedClip]
+
+
+@dataclass(frozen=True)
 class ModelRow:
     """What a model weighs and how fast it is."""
 
@@ -92,6 +124,7 @@ class Report:
     """What phrases and exemplar boxes find."""
     detector_scores: Sequence[DetectorScore] = ()
     num_phrases: int = 0
+    tracking: Tracking | None = None
 
 
 STYLE = (Path(__file__).parent / "demo_page.css").read_text(encoding="utf-8")
@@ -102,9 +135,9 @@ def format_bytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.2f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"
 
 
-def _image(jpeg: bytes, alt: str) -> str:
-    data = base64.b64encode(jpeg).decode("ascii")
-    return f'<img loading="lazy" alt="{html.escape(alt, quote=True)}" src="data:image/jpeg;base64,{data}">'
+def _image(encoded: bytes, alt: str, kind: str = "jpeg") -> str:
+    data = base64.b64encode(encoded).decode("ascii")
+    return f'<img loading="lazy" alt="{html.escape(alt, quote=True)}" src="data:image/{kind};base64,{data}">'
 
 
 def _figure(one: Comparison) -> str:
@@ -162,6 +195,28 @@ IoU is of everything found with everything meant.</p>
 <div class="grid-rows">{"".join(_figure(one) for one in report.phrases)}</div>"""
 
 
+def _tracking(tracking: Tracking | None) -> str:
+    """The section on videos; empty where the teacher has no tracker."""
+    if tracking is None:
+        return ""
+    rows = [[html.escape(s.prompt), f"{s.teacher:.3f}", f"{s.student:.3f}"] for s in tracking.scores]
+    rows.append(["the exact first mask, standing still", f"{tracking.stand_still:.3f}", f"{tracking.stand_still:.3f}"])
+    figures = "".join(
+        f'<figure class="film"><figcaption>{html.escape(clip.title)} · prompts, teacher, student</figcaption>'
+        f"{_image(clip.strip_jpeg, f'frames of {clip.title}: prompts, masks of the teacher, masks of the student')}"
+        f'<span class="soft">The whole clip: teacher left, student right</span>'
+        f"{_image(clip.animation_webp, f'{clip.title}: masks of teacher and student, animated', 'webp')}</figure>"
+        for clip in tracking.clips
+    )
+    return f"""<h2>Videos</h2>
+<p>The tracker's memory, untouched by distillation, on the teacher's trunk and on the student's. Every object is
+prompted once, on the first frame that shows it, and followed to the end of its clip through motion, crossings and
+disappearance: {tracking.num_objects} objects in {tracking.num_clips} held-out clips. J&amp;F is the mean of mask
+overlap and outline accuracy, as on the DAVIS benchmark.</p>
+{_table(["prompt", "teacher J&amp;F", "student J&amp;F"], rows)}
+{figures}"""
+
+
 def _models_table(report: Report) -> str:
     rows = [
         [
@@ -217,6 +272,7 @@ Mean over {report.num_objects} objects:</p>
 {_scores_table(report)}
 <div class="grid-rows">{scenes}</div>
 {_phrases(report)}
+{_tracking(report.tracking)}
 <h2>Real photos</h2>
 <p>No ground truth exists here: the IoU is the student's mask against the teacher's, which is what distillation is
 after.</p>

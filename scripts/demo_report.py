@@ -23,13 +23,15 @@ from typing import Any
 import torch
 import yaml
 from demo_compare import Prompt, compare, describe_model
-from demo_page import Comparison, DetectorScore, ModelRow, Report, StepRow, render_page
+from demo_page import Comparison, DetectorScore, ModelRow, Report, StepRow, Tracking, render_page
 from demo_phrases import compare_phrases, detector_scores
 from demo_scores import box_ious, checkpoint_scores, read_scenes, score_prompts, shown_prompts
+from demo_tracking import compare_tracking
 from PIL import Image
 from step_runner import read_stamp
 from svg_chart import Series, line_chart
 from tqdm import tqdm
+from tracker_eval import read_clips
 
 import sam3
 from sam3_train.errors import UserError, run_cli
@@ -160,6 +162,7 @@ def write_results(path: Path, report: Report) -> None:
     def numbers(one: Comparison) -> dict[str, Any]:
         return {field: value for field, value in vars(one).items() if field != "views_jpeg"}
 
+    tracking = report.tracking
     record = {
         "scores": [{**dataclasses.asdict(score), "ratio": score.ratio} for score in report.scores],
         "num_objects": report.num_objects,
@@ -167,6 +170,14 @@ def write_results(path: Path, report: Report) -> None:
         "detector_scores": [dataclasses.asdict(score) for score in report.detector_scores],
         "num_phrases": report.num_phrases,
         "phrases": [numbers(one) for one in report.phrases],
+        "tracking": None
+        if tracking is None
+        else {
+            "scores": [dataclasses.asdict(score) for score in tracking.scores],
+            "stand_still": tracking.stand_still,
+            "num_objects": tracking.num_objects,
+            "num_clips": tracking.num_clips,
+        },
         "photos": [numbers(one) for one in report.photos],
         "models": [dataclasses.asdict(model) for model in report.models],
         "steps": [dataclasses.asdict(step) for step in report.steps],
@@ -178,7 +189,7 @@ def write_results(path: Path, report: Report) -> None:
 
 def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Report:
     """Run every comparison, with a progress bar."""
-    with tqdm(total=7, desc="report", unit="part") as progress:
+    with tqdm(total=8, desc="report", unit="part") as progress:
         teacher, student = sam3.load_model(args.teacher, "cpu"), sam3.load_model(args.student, "cpu")
         photos = photo_prompts(args.world, settings["photos"])
         models = measure_models(args, teacher, student, photos[0][0], settings["latency_repeats"])
@@ -197,6 +208,8 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
         if teacher.has_detector:
             phrases = compare_phrases(teacher, student, test[: settings["num_phrase_scenes"]])
             measures, num_phrases = detector_scores(teacher, student, test[: settings["num_scored_phrase_scenes"]])
+        progress.update()
+        tracking = track_clips(args.world, teacher, student, settings)
         progress.update()
         photo_comparisons = compare_photos(teacher, student, photos)
         progress.update()
@@ -220,6 +233,7 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
         phrases=phrases,
         detector_scores=measures,
         num_phrases=num_phrases,
+        tracking=tracking,
         environment={
             "EfficientSAM3": sam3.__version__,
             "torch": torch.__version__,
@@ -227,6 +241,14 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
             "CPU cores": str(os.cpu_count()),
         },
     )
+
+
+def track_clips(world: Path, teacher: Any, student: Any, settings: Mapping[str, Any]) -> Tracking | None:
+    """Both models on the world's test clips; None where the teacher has no tracker or the world no clips."""
+    if not teacher.has_tracker:
+        return None
+    clips = read_clips(world / "clips" / "test", settings["num_clips"])
+    return compare_tracking(teacher, student, clips, settings["num_shown_clips"]) if clips else None
 
 
 def measure_models(args: argparse.Namespace, teacher: Any, student: Any, photo: Path, repeats: int) -> list[ModelRow]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import math
 import re
@@ -11,7 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from demo_drawing import BOX_RGB, STUDENT_RGB, draw_mask, draw_prompt, to_jpeg
-from demo_page import Comparison, ModelRow, Report, Score, StepRow, render_page
+from demo_page import Comparison, ModelRow, Report, Score, StepRow, TrackedClip, Tracking, TrackingScore, render_page
 from PIL import Image
 from svg_chart import Series, line_chart, nice_ticks
 
@@ -173,3 +174,18 @@ def test_prompts_are_drawn_at_their_place_in_a_shrunk_picture():
     green, red = clicked.getpixel((200, 100)), clicked.getpixel((40, 40))
     assert green[1] > green[0]
     assert red[0] > red[1]
+
+
+def test_videos_are_shown_where_there_is_a_tracker():
+    report = make_report()
+    assert "Videos" not in Page(render_page(report)).text
+    picture = report.scenes[0].views_jpeg[0]
+    tracking = Tracking(
+        [TrackingScore("box", 0.71, 0.64)], 0.31, 9, 4, [TrackedClip("clip <7>", picture, b"RIFF not a real one")]
+    )
+    page = Page(render_page(dataclasses.replace(report, tracking=tracking)))
+    assert page.open == []
+    for expected in ("Videos", "box 0.710 0.640", "standing still 0.310", "9 objects in 4 held-out clips", "clip <7>"):
+        assert expected in page.text, expected
+    kinds = [image["src"].split(";")[0] for image in page.images if "clip <7>" in image["alt"]]
+    assert kinds == ["data:image/jpeg", "data:image/webp"]
