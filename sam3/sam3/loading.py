@@ -10,6 +10,7 @@ import torch
 
 from sam3.checkpoint_io import INDEX_SUFFIX, CheckpointError, read_checkpoint
 from sam3.checkpoint_parts import POINT_PROMPTS
+from sam3.devices import find_device
 from sam3.hub import SAM3_FILE, SAM3_REPO, download_ckpt_from_hf
 from sam3.model.sam3_image import Sam3Image
 from sam3.preprocess import Preprocess
@@ -18,6 +19,7 @@ from sam3.released_names import load_released
 
 _LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./-]+))?")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SUFFIXES = (".pt", ".pth", ".safetensors")
 
 
@@ -54,7 +56,11 @@ def load_model(
     Raises:
         CheckpointError: If the file cannot be found, read or recognised, or does not fit what it says it is.
         PreprocessMismatchError: If ``preprocess`` contradicts the file's record.
+        ValueError: If there is no such device (`DeviceError`), or nothing can be computed in ``dtype``.
     """
+    device = find_device(device)
+    if dtype not in (None, *_DTYPES):
+        raise ValueError(f"dtype {dtype!r}: weights and computation can be in {', '.join(map(str, _DTYPES))}")
     checkpoint = recognise(read_checkpoint(find_checkpoint(path_or_hub_id)))
     model = checkpoint.assemble(choose_preprocess(checkpoint, preprocess))
     model.to(dtype or torch.float32)
@@ -62,7 +68,6 @@ def load_model(
     model.missing_parts = checkpoint.missing_parts
     if POINT_PROMPTS in model.missing_parts:
         _LOG.info("%s has no weights for point prompts of the detector", checkpoint.source)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(device).eval()
 
 

@@ -177,21 +177,13 @@ def make_folder(path: Path, problems: list[str]) -> None:
 
 def parse_device(name: str | None, problems: list[str]) -> torch.device | None:
     """The device of ``--device``, if it is there; None leaves the choice to the loader."""
-    import torch
+    from sam3.devices import DeviceError, find_device
 
-    if name is None:
-        return None
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        problems.append(f"--device {name}: torch knows devices such as cpu, cuda, cuda:1 and mps")
+        return None if name is None else find_device(name)
+    except DeviceError as error:
+        problems.append(f"--{error}")
         return None
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        problems.append(f"--device {name}: is not available here ({str(error).splitlines()[0]})")
-        return None
-    return device
 
 
 def _find_images(paths: list[Path], output: Path, problems: list[str]) -> list[tuple[Path, str]]:

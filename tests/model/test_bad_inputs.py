@@ -20,6 +20,7 @@ from PIL import Image
 
 import sam3
 from sam3.checkpoint_parts import POINT_PROMPTS
+from sam3.devices import DeviceError
 from sam3.finite import NonFiniteError
 from sam3.image_input import ImageInputError, open_image
 from sam3.model.sam3_image import Sam3Image
@@ -232,7 +233,32 @@ REFUSED: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
     "unknown device": (
         lambda w: Sam3Processor(w.processor.model, device="gpu"),
         ValueError,
-        "device 'gpu': torch knows devices such as 'cpu'",
+        "device gpu: torch knows devices such as cpu",
+    ),
+    "unknown device for a checkpoint": (
+        lambda w: sam3.load_model(w.folder / "never read.pt", device="gpu"),
+        DeviceError,
+        "device gpu: torch knows devices such as cpu, cuda, cuda:1 and mps",
+    ),
+    "device that is not there": (
+        lambda w: sam3.load_model(w.folder / "never read.pt", device="cuda:77"),
+        DeviceError,
+        "device cuda:77: is not available here (",
+    ),
+    "device of another machine for a builder": (
+        lambda w: sam3.build_sam3_image_model(load_from_HF=False, config="tiny", device="cuda:77"),
+        DeviceError,
+        "device cuda:77: is not available here (",
+    ),
+    "dtype in words": (
+        lambda w: sam3.load_model(w.folder / "never read.pt", dtype="fp16"),
+        ValueError,
+        "dtype 'fp16': weights and computation can be in torch.float32, torch.bfloat16, torch.float16, torch.float64",
+    ),
+    "whole numbers as dtype": (
+        lambda w: sam3.load_model(w.folder / "never read.pt", dtype=torch.int8),
+        ValueError,
+        "dtype torch.int8: weights and computation can be in",
     ),
     "another device": (
         lambda w: Sam3Processor(w.processor.model, device="meta"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from sam3.devices import parse_device
 from sam3.sam.prompts import PromptError
 
 State = dict[str, Any]
@@ -65,10 +66,7 @@ def require_device(device: torch.device | str | None, model_device: torch.device
     """
     if device is None:
         return model_device
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device {device!r}: torch knows devices such as 'cpu', 'cuda', 'cuda:1' and 'mps'") from None
+    wanted = parse_device(device)
     if wanted.type != model_device.type or wanted.index not in (None, model_device.index or 0):
         raise ValueError(f"device is {wanted}, but the model is on {model_device}: move it first, model.to({device!r})")
     return model_device
