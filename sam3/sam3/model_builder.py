@@ -10,6 +10,7 @@ from torch import nn
 
 from sam3.checkpoint_io import CheckpointError, read_checkpoint, read_state_dict, sha256_file
 from sam3.config import Sam3Config, StudentConfig
+from sam3.devices import find_device
 from sam3.hub import download_ckpt_from_hf
 from sam3.model.building import building_on
 from sam3.model.decoder import TransformerDecoder, TransformerWrapper
@@ -277,7 +278,7 @@ def _open_student(path: Path, backbone: str | None, preprocess: Preprocess | Non
 
 def _finish(model: Sam3Image, device: torch.device | str | None, eval_mode: bool, compile: bool) -> Sam3Image:
     """Place a model, compile its trunk if asked, and put it into the right mode."""
-    model.to(_default_device(device))
+    model.to(find_device(device))
     if compile:
         model.backbone.vision_backbone.trunk.compile()
     if eval_mode:
@@ -330,7 +331,7 @@ def build_sam3_trunk(
     if path is not None:
         state_dict, _ = read_state_dict(path)
         load_trunk(trunk, config, state_dict, source=str(path))
-    return trunk.to(_default_device(device)).eval().requires_grad_(False)
+    return trunk.to(find_device(device)).eval().requires_grad_(False)
 
 
 def _weights_path(checkpoint_path: str | Path | None, load_from_HF: bool, config: Sam3Config) -> Path | None:
@@ -344,9 +345,3 @@ def _weights_path(checkpoint_path: str | Path | None, load_from_HF: bool, config
             "Pass checkpoint_path, or load_from_HF=False for fresh weights."
         )
     return download_ckpt_from_hf()
-
-
-def _default_device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
