@@ -1,4 +1,4 @@
-"""Numbers of the original interactive predictor (spec'd session, fp32 with memories in bf16), on deterministic weights."""
+"""Numbers of the original interactive predictor (fp32, memories in bf16) on deterministic weights: a whole session."""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ class Sam3TrackerPredictor(TrackerEngine):
         clear_non_cond_mem_around_input: bool = True,
         non_overlap_masks_for_output: bool = False,
         fill_hole_area: float = 0,
+        resize_before_squashing: bool = False,
         max_cached_features: int = 2,
     ) -> None:
         """
@@ -66,6 +67,8 @@ class Sam3TrackerPredictor(TrackerEngine):
                 within a memory's reach of that frame do not start from the mask that tracking gave.
             non_overlap_masks_for_output: Give each pixel of the results to one object.
             fill_hole_area: Fill holes and remove islands of at most this many pixels in the results.
+            resize_before_squashing: Resize mask logits to the memory encoder's size first, then threshold or squash
+                them, as Hugging Face's tracker does; the released one squashes first.
             max_cached_features: Frames whose features are kept for the next prompt on them.
 
         Raises:
@@ -84,6 +87,7 @@ class Sam3TrackerPredictor(TrackerEngine):
             clear_non_cond_mem_around_input=clear_non_cond_mem_around_input,
             non_overlap_masks_for_output=non_overlap_masks_for_output,
             fill_hole_area=fill_hole_area,
+            resize_before_squashing=resize_before_squashing,
         )
         self.objects = objects
         self.memory_policy = _make_policy(memory_policy)
@@ -298,8 +302,8 @@ class Sam3TrackerPredictor(TrackerEngine):
             logits (B, 1, H, W) of the others).
 
         Raises:
-            PromptError: If there is no such object and ``strict``; `EditRefusedError` if the memory policy cannot keep the
-                others exact, or has dropped masks that are asked for.
+            PromptError: If there is no such object and ``strict``; `EditRefusedError` if the memory policy cannot keep
+                the others exact, or has dropped masks that are asked for.
         """
         state, obj_id = require_state(inference_state), require_object_id(obj_id)
         if obj_id not in state.obj_ids and not strict:

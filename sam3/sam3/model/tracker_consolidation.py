@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sam3.model.mask_rules import NO_OBJECT_LOGIT, apply_non_overlapping_constraints, video_to_square
+from sam3.model.mask_rules import NO_OBJECT_LOGIT, video_to_square
 from sam3.model.memory_bank import FrameRecord
 from sam3.model.sam3_tracker import Sam3Tracker, TrackerFeatures
 from sam3.model.tracker_state import ObjectGroup
@@ -60,14 +60,11 @@ def display_masks(
 
 
 def consolidate(
-    tracker: Sam3Tracker,
-    group: ObjectGroup,
-    frame_idx: int,
-    features: TrackerFeatures,
-    preprocess: Preprocess,
-    memory_dtype: torch.dtype | None,
+    tracker: Sam3Tracker, group: ObjectGroup, frame_idx: int, features: TrackerFeatures, preprocess: Preprocess
 ) -> FrameRecord:
-    """The record of a prompted frame for all objects of a group.
+    """The record of a prompted frame for all objects of a group, without its spatial memory.
+
+    Clicks, masks and what was only tracked count alike: the record says that it comes from points.
 
     Args:
         tracker: The network.
@@ -75,7 +72,6 @@ def consolidate(
         frame_idx: The frame.
         features: Of the frame.
         preprocess: How frames become the model's input.
-        memory_dtype: The memory is kept in it; None: no memory is encoded.
     """
     device, num_objects, side = features.coarse.device, len(group.obj_ids), features.fine.shape[-1]
     masks = torch.full((num_objects, 1, side, side), NO_OBJECT_LOGIT, device=device)
@@ -93,12 +89,7 @@ def consolidate(
         scores[row] = record.object_score_logits[own_row].to(device)
         if record.iou_score is not None:
             ious[row] = record.iou_score[own_row].to(device)
-    memory = None
-    if memory_dtype is not None:
-        # Clicks, masks and what was only tracked alike enter the memory of a prompted frame as zeros and ones.
-        owned = apply_non_overlapping_constraints(tracker.high_res(masks))
-        memory = tracker.encode_memory(features, owned, scores, is_mask_from_points=True, dtype=memory_dtype)
-    return FrameRecord(masks, pointers, scores, memory, ious, is_from_points=True)
+    return FrameRecord(masks, pointers, scores, iou_score=ious, is_from_points=True)
 
 
 def _entries(group: ObjectGroup, frame_idx: int) -> Iterator[tuple[int, FrameRecord, int, Tensor | None]]:

@@ -52,6 +52,7 @@ class TrackerEngine:
         clear_non_cond_mem_around_input: bool,
         non_overlap_masks_for_output: bool,
         fill_hole_area: float,
+        resize_before_squashing: bool,
     ) -> None:
         self.model = model
         self.tracker = model.tracker
@@ -59,6 +60,7 @@ class TrackerEngine:
         self.clear_non_cond_mem_around_input = clear_non_cond_mem_around_input
         self.non_overlap_masks_for_output = non_overlap_masks_for_output
         self.fill_hole_area = fill_hole_area
+        self.resize_before_squashing = resize_before_squashing
 
     # --- features -----------------------------------------------------------------------------------------------------
 
@@ -152,12 +154,13 @@ class TrackerEngine:
         """
         state = require_state(inference_state)
         state.require_trackable()
-        dtype = self.memory_dtype if run_mem_encoder else None
         for frame_idx in sorted({t for group in state.groups for t in group.pending}):
             features = self.frame_features(state, frame_idx)
             for group in state.groups:
                 if frame_idx in group.pending:
-                    record = consolidate(self.tracker, group, frame_idx, features, self.model.preprocess, dtype)
+                    record = consolidate(self.tracker, group, frame_idx, features, self.model.preprocess)
+                    if run_mem_encoder:
+                        record = self._with_memory(features, record)
                     group.condition_on(frame_idx, record.to(state.storage_device))
                     self._clear_around(group, frame_idx)
 
@@ -236,10 +239,22 @@ class TrackerEngine:
         )
         record = tracker.make_record(features, output, run_mem_encoder=False)
         if run_mem_encoder:
-            logits, scores = tracker.high_res(output.pred_masks), output.object_score_logits
-            memory = tracker.encode_memory(features, logits, scores, is_mask_from_points=False, dtype=self.memory_dtype)
-            record = replace(record, maskmem_features=memory)
+            record = self._with_memory(features, record)
         return record.to(state.storage_device)
+
+    def _with_memory(self, features: TrackerFeatures, record: FrameRecord) -> FrameRecord:
+        """The record with its spatial memory, which on a prompted frame holds zeros and ones."""
+        tracker = self.tracker
+        assert record.pred_masks is not None
+        logits = tracker.high_res(record.pred_masks)
+        if record.is_from_points:
+            logits = apply_non_overlapping_constraints(logits)
+        if self.resize_before_squashing:
+            side = tracker.mask_prompt_size
+            logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
+        scores = record.object_score_logits
+        memory = tracker.encode_memory(features, logits, scores, record.is_from_points, dtype=self.memory_dtype)
+        return replace(record, maskmem_features=memory)
 
     def _clear_around(self, group: ObjectGroup, frame_idx: int) -> None:
         """After a prompt on an object that is tracked alone, masks nearby are no longer what clicks start from."""
