@@ -8,6 +8,7 @@ from golden import table, tracker_value
 from torch import Tensor
 
 from sam3.config import Sam3Config
+from sam3.model import memory_attention
 from sam3.model.grid_tables import RotaryTable, SineTable
 from sam3.model.memory_bank import MemoryBank
 from sam3.model.sam3_tracker import Sam3Tracker
@@ -59,6 +60,20 @@ def test_objects_together_are_the_objects_alone() -> None:
             ours, theirs = together.non_cond[t].select([row]), alone.non_cond[t]
             for name in ("pred_masks", "obj_ptr", "object_score_logits", "maskmem_features"):
                 torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_inference_attends_as_training_does(monkeypatch: pytest.MonkeyPatch, decay: float) -> None:
+    """Without gradients attention runs in another form, in parts; the result is the same."""
+    monkeypatch.setattr(memory_attention, "_QUERIES_AT_ONCE", 50)
+    tracker = make_tracker()
+    tracker.settings = tracker.settings.replace(memory_decay=decay)
+    with torch.no_grad():
+        bank, features = track(tracker, [0, 1]), tracker.frame_features(maps_of(3))
+        found = tracker.condition(3, features, bank, 4)
+    expected = tracker.condition(3, features, bank, 4)
+    assert expected.requires_grad
+    torch.testing.assert_close(found, expected.detach(), atol=2e-5, rtol=1e-5)
 
 
 @torch.no_grad()
