@@ -36,6 +36,7 @@ class EditRefusedError(PromptError):
     """An edit, or a start of tracking, that the session's memory policy cannot serve exactly."""
 
 
+@dataclass(frozen=True)
 class KeepEverything:
     """Nothing is dropped, and everything can be edited; memory grows with the video."""
 
