@@ -3,6 +3,7 @@
     python scripts/bench.py stage1                     # everything: about a quarter of an hour on two cores
     python scripts/bench.py stage1 --only store model  # some parts
     python scripts/bench.py image                      # the image model beside Hugging Face's: about half an hour
+    python scripts/bench.py video                      # the tracker: about half an hour
     python scripts/bench.py stage1 --quick             # seconds; the numbers mean nothing, the paths are real
 
 Every part lives in a file of its own beside this one (``bench_data.py`` and so on) with one function
@@ -40,6 +41,10 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
     "image": {
         "load": ("bench_load", "Loading a checkpoint of the released size"),
         "model": ("bench_image", "The image model at its real size"),
+    },
+    "video": {
+        "stream": ("bench_stream", "Tracking at constant memory"),
+        "tracker": ("bench_video", "The tracker at its real size"),
     },
 }
 

@@ -61,7 +61,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device) - (self._before or 0)
         elif self._before is not None:
-            self.bytes = _status_bytes("VmHWM") - self._before
+            self.bytes = status_bytes("VmHWM") - self._before
 
 
 def _reset_peak_rss() -> int | None:
@@ -70,12 +70,13 @@ def _reset_peak_rss() -> int | None:
         # What glibc has kept for reuse would hide what the code takes from it.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-        return _status_bytes("VmRSS")
+        return status_bytes("VmRSS")
     except (OSError, AttributeError):
         return None
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """Linux: a size that the kernel knows of this process."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
