@@ -156,7 +156,8 @@ def measure(side: str, config_name: str, device: torch.device, num_frames: int, 
     """One side in this process: seconds of each frame and of parts, bytes; the masks go to ``output``."""
     list(make_runner(side, choose_config("quick"), device, 2).run())  # packages and threads that start at first use
     runner = make_runner(side, choose_config(config_name), device, num_frames)
-    seconds, masks = [], []
+    seconds: list[float] = []
+    masks: list[Tensor] = []
     with PeakMemory(device) as memory:
         start = now(device)
         for low_res in runner.run():
