@@ -62,6 +62,15 @@ def part_of(key: str, parts: Sequence[Part] = PARTS) -> Part | None:
 
 
 def parts_in(keys: Iterable[str]) -> tuple[Part, ...]:
-    """The parts of which at least one key is there, in the order of `PARTS`."""
+    """The parts of which at least one key is there, in the order of `PARTS`.
+
+    The detector of the released file, saved without its tracker, has the whole neck of the SAM heads and nothing that
+    reads it: that is no part.
+    """
+    keys = list(keys)
     found = {part_of(key) for key in keys}
+    if not any(key.startswith(HEADS_PREFIXES) for key in keys):
+        necks = [{k.removeprefix(p) for k in keys if k.startswith(p)} for p in (NECK_PREFIX, SAM2_NECK_PREFIX)]
+        if necks[0] == necks[1]:
+            found.discard(HEADS)
     return tuple(part for part in PARTS if part in found)

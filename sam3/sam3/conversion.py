@@ -44,7 +44,10 @@ class Conversion:
     request: ConversionRequest
     source: Recognised
     output: Recognised
+    num_read: int
+    """Tensors of the old file, under its own names."""
     num_tensors: int
+    """Tensors of the new one."""
     num_bytes: int
     lost: list[str] = field(default_factory=list)
     added: list[str] = field(default_factory=list)
@@ -53,7 +56,7 @@ class Conversion:
         """The report, as a person reads it."""
         missing = self.output.missing_parts
         return [
-            f"read    {self.source.source}: {self.source.layout}, {len(self.source.weights):,} tensors",
+            f"read    {self.source.source}: {self.source.layout}, {self.num_read:,} tensors",
             f"wrote   {self.request.output}: {self.output.layout}, {self.num_tensors:,} tensors, "
             f"{self.num_bytes / 1e6:,.1f} MB",
             *(f"lost    {text}" for text in self.lost),
@@ -99,7 +102,8 @@ def convert_checkpoint(request: ConversionRequest) -> Conversion:
     num_tensors = len(target)
     if request.output.suffix == ".safetensors":
         num_tensors -= sum(key.endswith(RECOMPUTED_SUFFIX) for key in target)
-    return Conversion(request, source, written, num_tensors, num_bytes, lost, added)
+    num_read = len(checkpoint.state_dict)
+    return Conversion(request, source, written, num_read, num_tensors, num_bytes, lost, added)
 
 
 def _check_request(request: ConversionRequest) -> None:

@@ -59,6 +59,12 @@ def hf_class(keys: Mapping[str, object]) -> str | None:
     return None
 
 
+def has_point_projections(released: Mapping[str, Tensor]) -> bool:
+    """Whether there are weights for point prompts: files of Hugging Face lack them, conversions write zeros."""
+    found = [released[key] for key in POINT_PROJECTIONS if key in released]
+    return any(tensor.is_meta or bool(tensor.any()) for tensor in found)
+
+
 def to_video_names(hf: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The names of any of the four classes -> those of ``Sam3VideoModel``, the ones that files on the Hub have."""
     name = hf_class(hf)

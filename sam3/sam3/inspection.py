@@ -15,6 +15,7 @@ from sam3.backbones import backbone_spec
 from sam3.checkpoint_fit import RECOMPUTED_SUFFIX, first, fit_problems
 from sam3.checkpoint_io import CheckpointError, CheckpointFile, read_checkpoint
 from sam3.checkpoint_parts import PARTS, part_of
+from sam3.hf_keys import POINT_PROJECTIONS
 from sam3.recognition import Recognised, recognise
 from sam3.released_names import to_released
 
@@ -218,6 +219,8 @@ def _contents(found: Recognised) -> dict[str, Any]:
 
 
 def _parts(found: Recognised, expected: Mapping[str, Tensor]) -> list[PartContent]:
+    if not any(key in found.weights for key in POINT_PROJECTIONS):  # no half of a part: `Inspection.missing_parts`
+        expected = {key: value for key, value in expected.items() if key not in POINT_PROJECTIONS}
     rows = []
     for part in PARTS:
         own = {key: value for key, value in found.weights.items() if key.startswith(part.prefixes)}

@@ -35,12 +35,12 @@ from sam3.checkpoint_parts import (
     parts_in,
 )
 from sam3.config import PRESETS, Sam3Config, StudentConfig
-from sam3.hf_keys import POINT_PROJECTIONS, hf_class, released_from_hf
+from sam3.hf_keys import POINT_PROJECTIONS, has_point_projections, hf_class, released_from_hf
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.vitdet import TABLE_KEY, Attention
 from sam3.model_builder import assemble_image_model
 from sam3.preprocess import Preprocess
-from sam3.released_names import HEADS_PREFIX, absent_parts, released_layout, to_released
+from sam3.released_names import absent_parts, released_layout, to_released, with_tracker_names
 
 _NECK_KEY = NECK_PREFIX + "2.conv_1x1.weight"
 _BARE = tuple(
@@ -76,9 +76,8 @@ class Recognised:
 
     @property
     def has_point_prompts(self) -> bool:
-        """Whether the detector takes points: Hugging Face's files lack their weights, conversions write zeros."""
-        found = [self.weights[key] for key in POINT_PROJECTIONS if key in self.weights]
-        return any(tensor.is_meta or bool(tensor.any()) for tensor in found)
+        """Whether the detector takes points."""
+        return has_point_projections(self.weights)
 
     @property
     def missing_parts(self) -> tuple[str, ...]:
@@ -157,11 +156,7 @@ def _released_names(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict
         except UnknownLayoutError as error:
             raise CheckpointError(f"{source}: looks like a Hugging Face file, but {error}") from error
     _refuse_other_files(names, source)
-    # A saved Sam3Image has the SAM heads under the predictor's name.
-    names = {
-        TRACKER_PREFIX + key.removeprefix(HEADS_PREFIX) if key.startswith(HEADS_PREFIX) else key: value
-        for key, value in names.items()
-    }
+    names = with_tracker_names(names)
     if any(key.startswith(DETECTOR_PREFIX) for key in names) or not any(key.startswith(_BARE) for key in names):
         return names, f"released{ddp}"
     return released_layout(names, source), f"released, without detector.{ddp}"

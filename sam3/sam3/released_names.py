@@ -25,11 +25,13 @@ from sam3.checkpoint_keys import (
 from sam3.checkpoint_parts import (
     DETECTOR_CORE_PREFIXES,
     MEMORY_PREFIXES,
+    POINT_PROMPTS,
     SAM2_NECK_PREFIX,
     SEGMENTATION_PREFIX,
     TEXT_PREFIX,
 )
 from sam3.config import Sam3Config
+from sam3.hf_keys import has_point_projections, hf_class
 from sam3.model.sam3_image import Sam3Image
 
 T = TypeVar("T")
@@ -54,32 +56,44 @@ def absent_parts(model: Sam3Image) -> tuple[str, ...]:
 
 
 def released_layout(state_dict: Mapping[str, T], source: str) -> dict[str, T]:
-    """Bring a file's keys into the released layout: without DDP's ``module.``, with ``detector.``.
+    """Bring a file's keys into the released layout: without DDP's ``module.``, with ``detector.`` and ``tracker.``.
 
     Args:
         state_dict: As read from a file.
         source: The file's name, for errors.
 
     Raises:
-        CheckpointError: If two keys become one.
+        CheckpointError: If two keys become one, or the names are those of Hugging Face.
     """
     try:
-        stripped = strip_prefixes(state_dict, ("module.",))
+        names = with_tracker_names(strip_prefixes(state_dict, ("module.",)))
     except ValueError as error:
         raise CheckpointError(f"{source}: {error}") from error
-    if any(key.startswith(DETECTOR_PREFIX) for key in stripped):
-        return stripped
-    return {k if k.startswith(TRACKER_PREFIX) else DETECTOR_PREFIX + k: v for k, v in stripped.items()}
+    kind = hf_class(names)
+    if kind is not None:
+        raise CheckpointError(
+            f"{source}: has the names of Hugging Face's {kind}. sam3.load_model opens it; where the released names are "
+            f"needed, write such a file first: python -m sam3.convert {source} sam3.pt"
+        )
+    if any(key.startswith(DETECTOR_PREFIX) for key in names):
+        return names
+    return {k if k.startswith(TRACKER_PREFIX) else DETECTOR_PREFIX + k: v for k, v in names.items()}
+
+
+def with_tracker_names(names: Mapping[str, T]) -> dict[str, T]:
+    """A saved `Sam3Image` has SAM heads and tracker under the predictor's name, a released file under the tracker's."""
+    return {
+        TRACKER_PREFIX + key.removeprefix(HEADS_PREFIX) if key.startswith(HEADS_PREFIX) else key: value
+        for key, value in names.items()
+    }
 
 
 def to_released(state_dict: Mapping[str, T], config: Sam3Config) -> dict[str, T]:
     """The state dict of a `Sam3Image` under the released names (published names for a student)."""
-    released: dict[str, T] = {}
-    for key, value in state_dict.items():
-        if key.startswith(HEADS_PREFIX):
-            released[TRACKER_PREFIX + key.removeprefix(HEADS_PREFIX)] = value
-        else:
-            released[DETECTOR_PREFIX + key] = value
+    released = {
+        key if key.startswith(TRACKER_PREFIX) else DETECTOR_PREFIX + key: value
+        for key, value in with_tracker_names(state_dict).items()
+    }
     return _rename_student(released, config, student_to_published)
 
 
@@ -113,7 +127,8 @@ def load_released(model: Sam3Image, state_dict: Mapping[str, Tensor], source: st
 
     Strict: every weight of the model must be in the file with the right shape, and what the file holds beyond the
     model must belong to a part that the model was built without (`absent_parts`). Each tensor takes the dtype and
-    device of the parameter it replaces; on the CPU and in the same dtype it stays memory-mapped.
+    device of the parameter it replaces; on the CPU and in the same dtype it stays memory-mapped. A file that came from
+    Hugging Face's layout holds zeros in place of point prompts: ``model.missing_parts`` then says so.
 
     Args:
         model: The model; its ``config`` says what it is.
@@ -129,6 +144,7 @@ def load_released(model: Sam3Image, state_dict: Mapping[str, Tensor], source: st
     expected = to_released(model.state_dict(), model.config)
     check_fit(weights, expected, source, model.config)
     _assign(model, from_released(weights, model.config), source)
+    model.missing_parts = (POINT_PROMPTS,) if model.has_detector and not has_point_projections(weights) else ()
 
 
 def load_trunk(trunk: nn.Module, config: Sam3Config, state_dict: Mapping[str, Tensor], source: str) -> None:

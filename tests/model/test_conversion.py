@@ -65,6 +65,7 @@ def test_to_hugging_face_and_back(meta_file: Path, tmp_path: Path, capsys: pytes
 
     assert convert(hf, back) == 0
     printed = capsys.readouterr().out
+    assert f"Hugging Face (Sam3VideoModel), {len(read_state_dict(hf)[0])} tensors\n" in printed
     assert "added   zeros for point prompts of the detector" in printed
     assert f"added   {TINY.trunk.depth} rotary tables, recomputed" in printed
     assert f"absent  {POINT_PROMPTS}" in printed

@@ -84,12 +84,17 @@ def test_a_merged_student_with_its_record(tmp_path: Path, capsys: pytest.Capture
 
 def test_what_would_be_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = whole_weights()
-    hf = {k: v.contiguous().clone() for k, v in released_to_hf(weights).items() if "text_" not in k}
+    hf = {
+        k: v.contiguous().clone()
+        for k, v in released_to_hf(weights).items()
+        if not k.startswith("detector_model.text_")
+    }
     save_file(hf, tmp_path / "model.safetensors")
     result = inspect_json(capsys, tmp_path)
     assert result["layout"] == "Hugging Face (Sam3VideoModel)"
     assert result["files"] == ["model.safetensors"]
     assert result["missing_parts"] == ["text encoder", "point prompts of the detector"]
+    assert {part["state"] for part in result["parts"] if part["name"] in ("detector", "trunk")} == {"complete"}
 
     gone = [key for key in weights if key.startswith("detector.segmentation_head.")][:5]
     torch.save({k: v for k, v in weights.items() if k not in gone}, tmp_path / "half.pt")

@@ -18,8 +18,19 @@ from torch import Tensor
 
 from sam3.checkpoint_io import INDEX_SUFFIX, CheckpointError, CheckpointFile, write_merged
 from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX, student_to_published
-from sam3.checkpoint_parts import DETECTOR, HEADS, MEMORY, MEMORY_PREFIXES, POINT_PROMPTS, SEGMENTATION, TEXT, Part
+from sam3.checkpoint_parts import (
+    DETECTOR,
+    HEADS,
+    MEMORY,
+    MEMORY_PREFIXES,
+    POINT_PROMPTS,
+    SAM2_NECK_PREFIX,
+    SEGMENTATION,
+    TEXT,
+    Part,
+)
 from sam3.config import Sam3Config, StudentConfig
+from sam3.convert import main as convert
 from sam3.hf_keys import POINT_PROJECTIONS, released_to_hf
 from sam3.loading import load_model
 from sam3.model.sam3_image import Sam3Image
@@ -231,6 +242,20 @@ def test_a_part_that_is_there_in_half_is_an_error(tmp_path: Path, part: Part, re
         load_model(tmp_path / "half.pt")
 
 
+def test_the_detector_saved_without_its_tracker_opens(tmp_path: Path) -> None:
+    """It has the neck of the SAM heads, which nothing reads then; the same neck in half is a damaged file."""
+    weights = {k: v for k, v in whole_weights().items() if not k.startswith("tracker.")}
+    torch.save(weights, tmp_path / "detector.pt")
+    loaded = load_model(tmp_path / "detector.pt", device="cpu")
+    assert loaded.missing_parts == (HEADS.name, MEMORY.name) and loaded.has_detector
+    assert loaded.backbone.vision_backbone.sam2_convs is None
+    build_sam3_image_model(tmp_path / "detector.pt", config="tiny", device="cpu")
+    weights.pop(SAM2_NECK_PREFIX + "0.conv_1x1.bias")
+    torch.save(weights, tmp_path / "damaged.pt")
+    with pytest.raises(CheckpointError, match=r"SAM heads: \d+ of 171 missing"):
+        load_model(tmp_path / "damaged.pt", device="cpu")
+
+
 def test_half_precision_files_compute_in_float32_unless_asked(tmp_path: Path, teacher: Sam3Image) -> None:
     path = tmp_path / "half.safetensors"
     write_merged(path, released_state_dict(teacher), {"model": TINY.to_dict()}, dtype=torch.float16)
@@ -299,6 +324,23 @@ def test_builder_loads_with_and_without_interactivity(tmp_path: Path, teacher: S
         build_sam3_image_model(tmp_path / "sam3.pt", device="cpu")
     with pytest.raises(CheckpointError, match="fit the preset 'sam3' alone"):
         build_sam3_image_model(config="tiny")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_builder_takes_the_names_that_load_model_takes(tmp_path: Path, teacher: Sam3Image, layout: str) -> None:
+    torch.save(LAYOUTS[layout](released_state_dict(teacher)), tmp_path / "model.pt")
+    options = {"config": "tiny", "device": "cpu", "enable_tracker": True}
+    assert_same_model(build_sam3_image_model(tmp_path / "model.pt", **options), teacher)
+
+
+def test_builder_says_what_a_file_from_hugging_face_lacks(tmp_path: Path, hf_weights) -> None:
+    save_file(hf_weights, tmp_path / "hf.safetensors")
+    with pytest.raises(CheckpointError, match=r"names of Hugging Face's Sam3VideoModel\. sam3\.load_model opens it"):
+        build_sam3_image_model(tmp_path / "hf.safetensors", config="tiny", device="cpu")
+    assert convert([str(tmp_path / "hf.safetensors"), str(tmp_path / "back.pt")]) == 0
+    options = {"checkpoint_path": tmp_path / "back.pt", "config": "tiny", "device": "cpu"}
+    assert build_sam3_image_model(**options).missing_parts == (POINT_PROMPTS,)
+    assert build_sam3_image_model(**options, enable_detector=False).missing_parts == ()
 
 
 @pytest.mark.parametrize("form", ["released", "without detector.", "trunk keys only"])
