@@ -157,7 +157,7 @@ def test_images_can_be_encoded_when_a_prompt_needs_them() -> None:
     for key in ("pred_masks", "pred_boxes"):
         torch.testing.assert_close(ours[key], eager[key], atol=1e-5, rtol=0)
         assert torch.equal(ours[key], again[key])
-        assert torch.equal(ours[key][0], ours[key][2])
+        torch.testing.assert_close(ours[key][0], ours[key][2], atol=1e-5, rtol=0)  # rows of a product may round apart
     with pytest.raises(ValueError, match="neither backbone_fpn nor img_batch_all_stages"):
         model.forward_grounding({**text}, stage)
     with torch.no_grad():  # another prompt, another image
