@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -156,6 +157,31 @@ def test_what_comes_before_the_damage_is_handed_out(damaged, name, second_half) 
         assert frame_number(frames.frame(5)) == 5, "what is good stays"
         with pytest.raises(VideoDecodeError, match=f"before frame {len(numbers)}"):
             frames.frame(49)
+
+
+def test_an_mp4_whose_frames_change_their_size_on_the_way(tmp_path) -> None:
+    """As copying streams of two videos into one makes them; decord would stretch the later frames."""
+    parts = [write_video(tmp_path / f"{h}.h264", 10, (h, w), options={"bf": "0"}) for h, w in ((48, 64), (32, 48))]
+    (tmp_path / "both.h264").write_bytes(b"".join(part.read_bytes() for part in parts))
+    with av.open(str(tmp_path / "both.h264")) as raw, av.open(str(tmp_path / "both.mp4"), "w") as container:
+        stream = container.add_stream_from_template(raw.streams.video[0])
+        for i, packet in enumerate(packet for packet in raw.demux(video=0) if packet.size):
+            packet.stream, packet.time_base = stream, Fraction(1, FPS)
+            packet.pts = packet.dts = i
+            container.mux(packet)
+    with open_frames(tmp_path / "both.mp4") as frames:
+        assert isinstance(frames, VideoFileFrames) and frames.decoder == "av" and frames.num_frames == 20
+        assert [frame_number(frames.frame(i)) for i in range(10)] == list(range(10))
+        with pytest.raises(VideoDecodeError, match="frame 10 has 48 x 32 pixels, the first frame 64 x 48"):
+            frames.frame(10)
+
+
+def test_decord_that_is_asked_for_and_not_there(clip, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(VideoInputError, match='decoder "decord" has no wheel for every machine and is not installed'):
+        open_frames(clip, decoder="decord")
+    with open_frames(clip) as frames:
+        assert isinstance(frames, VideoFileFrames) and frames.decoder == "av"
 
 
 def test_frames_of_changing_size_are_refused_where_they_change(tmp_path) -> None:

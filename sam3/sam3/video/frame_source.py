@@ -205,7 +205,7 @@ def open_frames(source: Any, *, decoder: str | None = None, prefetch: int = 0) -
         source: The path of a video file or of a folder of pictures; a video file's bytes; a list of pictures (each see
             `sam3.image_input.to_rgb_uint8`), an array (T, H, W, 3) or a tensor (T, 3, H, W); an iterator over pictures;
             or a `FrameSource`, which is returned as it is.
-        decoder: For video files: "decord", "av", or None for decord where it is installed and can be relied on.
+        decoder: For video files: "av", or "decord" (None: where it is installed) for those that it can be relied on.
         prefetch: Decode up to this many frames ahead in a thread, 0 for none.
 
     Raises:

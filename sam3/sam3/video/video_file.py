@@ -2,54 +2,29 @@
 
 A file is indexed with PyAV first, without decoding: how many frames there are, when each is shown, and whether the file
 is whole. decord decodes with several threads, but it refuses a file that is cut off, and where a stream changes its
-size it repeats old frames without an error; so it gets whole files of the kinds that cannot, and what it stumbles over
-is left to PyAV. Both give the same pixels.
+size it stretches frames or repeats old ones without an error; so it gets whole files that cannot, and what it stumbles
+over is left to PyAV. Both give the same pixels.
 """
 
 from __future__ import annotations
 
 import bisect
 import importlib.util
-import io
 import itertools
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from sam3.video.frame_source import FrameSource, VideoDecodeError, VideoInputError, describe_count
+from sam3.video.video_index import VideoIndex, as_input, describe_error, index_video
 
 DECODERS = ("decord", "av")
 _CACHE_BYTES = 64 * 2**20
 _MAX_CACHED_FRAMES = 32
 _MIN_CACHED_FRAMES = 4
-_DECORD_TAGS = ("avc1", "hvc1")
-"""Kinds of streams in mp4 and mov files whose size stands in the file's header, for all frames."""
-
-
-@dataclass(frozen=True)
-class VideoIndex:
-    """What is known of a video file before decoding it."""
-
-    name: str
-    size_hw: tuple[int, int]
-    """As shown: a phone's rotation is applied."""
-    times: list[int]
-    """When each frame is shown, in units of ``time_base``, in order."""
-    time_base: Fraction
-    num_frames: int
-    """As the file announces it; more than there are times if the file is cut off."""
-    frames_per_second: float | None
-    stream_index: int
-    tag: str
-    has_exact_times: bool
-    """False for streams without time stamps, such as raw H.264: frames are then found by counting."""
-    fault: str | None
-    """Why frames are missing at the end."""
 
 
 class VideoFileFrames(FrameSource):
@@ -60,10 +35,11 @@ class VideoFileFrames(FrameSource):
 
         Args:
             file: A path, or the bytes of a video file.
-            decoder: "decord" or "av"; None chooses.
+            decoder: "av", or "decord" for files that it can be relied on; None takes decord where it is installed.
 
         Raises:
-            VideoInputError: If the file is missing, no video, or has no frame that can be decoded.
+            VideoInputError: If the file is missing, no video, or has no frame that can be decoded; if decord is asked
+                for and not installed.
         """
         if decoder is not None and decoder not in DECODERS:
             raise ValueError(f"decoder {decoder!r} is not one of {DECODERS}")
@@ -74,9 +50,11 @@ class VideoFileFrames(FrameSource):
         frame_bytes = 3 * index.size_hw[0] * index.size_hw[1]
         self._num_cached = min(max(_CACHE_BYTES // frame_bytes, _MIN_CACHED_FRAMES), _MAX_CACHED_FRAMES)
         self._cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._highest = -1
         self._decoder: _Decoder = _AvDecoder(file, index)
-        if decoder == "decord" or (decoder is None and _suits_decord(file, index)):
+        is_installed = importlib.util.find_spec("decord") is not None
+        if decoder == "decord" and not is_installed:
+            raise VideoInputError('decoder "decord" has no wheel for every machine and is not installed: use "av"')
+        if decoder != "av" and is_installed and not isinstance(file, bytes):
             self._decoder = _open_decord(file, index) or self._decoder
 
     @property
@@ -121,89 +99,6 @@ class VideoFileFrames(FrameSource):
         super().close()
         self._decoder.close()
         self._cache.clear()
-
-
-def index_video(file: str | Path | bytes) -> VideoIndex:
-    """Read a video file's structure and its first frame.
-
-    Raises:
-        VideoInputError: If the file is missing, no video, or has no frame that can be decoded.
-    """
-    import av
-
-    name = "the video's bytes" if isinstance(file, bytes) else str(file)
-    if not isinstance(file, bytes) and not Path(file).is_file():
-        raise VideoInputError(f"{name}: no such file or folder")
-    try:
-        container = av.open(_as_input(file))
-    except av.FFmpegError as error:
-        raise VideoInputError(f"{name}: not a video that can be read, or cut off ({_reason(error)})") from None
-    with container:
-        stream = _find_stream(container, name)
-        times, is_exact, num_hidden, fault = _scan(container, stream)
-        # Only here does the header count the frames; elsewhere the number is a guess from the duration, or none.
-        num_announced = stream.frames - num_hidden if "mp4" in container.format.name else 0
-        if fault is None and len(times) < num_announced:
-            fault = "the file is cut off"
-        num_frames = max(len(times), num_announced)
-        if not times:
-            raise VideoInputError(f"{name}: the video has no frames")
-        time_base = stream.time_base or Fraction(1, 1)
-        tag, stream_index = str(stream.codec_context.codec_tag), stream.index
-        duration = float((times[-1] - times[0]) * time_base)
-        fps = (len(times) - 1) / duration if is_exact and duration > 0 else _stated_rate(stream)
-    try:
-        with av.open(_as_input(file)) as container:
-            first = next(container.decode(container.streams[stream_index]), None)
-    except av.FFmpegError as error:
-        raise VideoInputError(f"{name}: no frame can be decoded ({_reason(error)})") from None
-    if first is None:
-        raise VideoInputError(f"{name}: no frame can be decoded, although the file announces some")
-    size_hw = (first.height, first.width) if first.rotation % 180 == 0 else (first.width, first.height)
-    return VideoIndex(name, size_hw, times, time_base, num_frames, fps, stream_index, tag, is_exact, fault)
-
-
-def _find_stream(container: Any, name: str) -> Any:
-    from av.stream import Disposition
-
-    streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
-    if not streams:
-        held = " and ".join(sorted({s.type for s in container.streams}))
-        raise VideoInputError(f"{name}: holds no video" + (f", only {held}" if held else " and nothing else"))
-    return streams[0]
-
-
-def _scan(container: Any, stream: Any) -> tuple[list[int], bool, int, str | None]:
-    """Times of all frames in the order of showing, whether they are exact, frames that are not shown, and a fault."""
-    import av
-
-    times: list[int | None] = []
-    num_hidden, fault = 0, None
-    try:
-        for packet in container.demux(stream):
-            if packet.size and packet.is_discard:  # before the start that the file's edit list sets
-                num_hidden += 1
-            elif packet.size:
-                times.append(packet.pts)
-    except av.FFmpegError as error:
-        fault = _reason(error)
-    exact = [time for time in times if time is not None]
-    is_exact = len(exact) == len(times) == len(set(exact))
-    return (sorted(exact) if is_exact else list(range(len(times)))), is_exact, num_hidden, fault
-
-
-def _stated_rate(stream: Any) -> float | None:
-    rate = stream.average_rate or stream.guessed_rate
-    return float(rate) if rate else None
-
-
-def _as_input(file: str | Path | bytes) -> Any:
-    return io.BytesIO(file) if isinstance(file, bytes) else str(file)
-
-
-def _reason(error: Exception) -> str:
-    """What FFmpeg says, without its number and file name."""
-    return str(getattr(error, "strerror", None) or error)
 
 
 class _Decoder(Protocol):
@@ -268,7 +163,7 @@ class _AvDecoder:
         import av
 
         self.close()
-        self._container = av.open(_as_input(self._file))
+        self._container = av.open(as_input(self._file))
         stream = self._container.streams[self._index.stream_index]
         stream.thread_type = "AUTO"
         return stream
@@ -286,7 +181,7 @@ class _AvDecoder:
                     return
                 frames = packet.decode()
             except av.FFmpegError as error:
-                self._reason, frames = _reason(error), self._drain(stream)
+                self._reason, frames = describe_error(error), self._drain(stream)
             for frame in frames:
                 yield self._number(frame, count), frame
                 count += 1
@@ -346,19 +241,15 @@ class _DecordDecoder:
         self._reader = None
 
 
-def _suits_decord(file: str | Path | bytes, index: VideoIndex) -> bool:
-    is_whole = index.fault is None and index.has_exact_times
-    is_installed = importlib.util.find_spec("decord") is not None
-    return is_installed and is_whole and index.tag in _DECORD_TAGS and not isinstance(file, bytes)
+def _open_decord(path: str | Path, index: VideoIndex) -> _Decoder | None:
+    """decord, if the file is one that it can be relied on, and it sees the same frames as the index."""
+    if index.fault is not None or not index.has_exact_times or not index.has_fixed_size:
+        return None
+    import decord
 
-
-def _open_decord(file: str | Path | bytes, index: VideoIndex) -> _Decoder | None:
-    """decord, if it sees the same frames as the index."""
     try:
-        import decord
-
         decord.logging.set_level(decord.logging.QUIET)
-        reader = decord.VideoReader(_as_input(file))
+        reader = decord.VideoReader(str(path))
     except ImportError:
         raise VideoInputError(
             'decoder "decord" is not installed (it has no wheel for every machine): use "av"'
