@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sam3.video.frame_source import FrameSource
     from sam3.video.prompts import ObjectPrompt
     from sam3.video.tracking import PromptedTracker, TextTracker, TrackRun
-    from sam3.video.writer import BackgroundWriter
+    from sam3.video.writer import FrameWriter
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _RESULTS = ("overlay", "masks", "tracks")
@@ -104,15 +104,16 @@ def track(argv: list[str] | None = None) -> int:
 
         from sam3.loading import load_model
         from sam3.video.tracking import track_video
+        from sam3.video.writer import BackgroundWriter
 
         model = load_model(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
         tracker = _build_tracker(model, frames, prompts, args)
-        writer = _open_writers(args, frames)
+        writers = _open_writers(args, frames)
         try:
-            run = track_video(tracker, tracker.frames, writer)
+            run = track_video(tracker, tracker.frames, BackgroundWriter(writers))
         except OSError as error:
             raise CommandError(f"--output {args.output}: cannot be written ({error.strerror or error})") from error
-    return _report(run, args)
+    return _report(run, writers, args)
 
 
 def _check_options(args: argparse.Namespace, boxes: Marks, problems: list[str]) -> None:
@@ -196,12 +197,12 @@ def _build_tracker(
     )
 
 
-def _open_writers(args: argparse.Namespace, frames: FrameSource) -> BackgroundWriter:
+def _open_writers(args: argparse.Namespace, frames: FrameSource) -> list[FrameWriter]:
     from sam3.video import writer as results
 
     first_id = 0 if args.text is not None else 1
     fps = frames.frames_per_second or args.fps
-    writers: list[results.FrameWriter] = []
+    writers: list[FrameWriter] = []
     if "masks" in args.save:
         writers.append(results.MaskFolder(args.output / results.MASK_FOLDER / args.video.resolve().stem, first_id))
     if "tracks" in args.save:
@@ -215,12 +216,15 @@ def _open_writers(args: argparse.Namespace, frames: FrameSource) -> BackgroundWr
         writers.append(results.TrackList(args.output / results.TRACKS_FILE, header, first_id))
     if "overlay" in args.save:
         writers.append(results.OverlayVideo(args.output / results.OVERLAY_FILE, frames.size_hw, fps, first_id))
-    return results.BackgroundWriter(writers)
+    return writers
 
 
-def _report(run: TrackRun, args: argparse.Namespace) -> int:
+def _report(run: TrackRun, writers: list[FrameWriter], args: argparse.Namespace) -> int:
     speed = run.num_frames / run.seconds if run.seconds else 0.0
     print(f"frames: {run.num_frames}, {speed:.1f} per second, results: {args.output}")
+    dropped = sorted(obj_id for writer in writers for obj_id in getattr(writer, "dropped_ids", ()))
+    if dropped:
+        print(f"objects {dropped} are in tracks.json alone: a PNG holds 255", file=sys.stderr)
     if run.is_interrupted:
         print(f"interrupted; {args.output} holds what was done", file=sys.stderr)
         return EXIT_INTERRUPTED
