@@ -11,7 +11,6 @@ Example::
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -19,14 +18,18 @@ import torch
 from torch import Tensor
 
 from sam3.model.sam3_image import Sam3Image
-from sam3.model.tracker_engine import TrackedFrame, TrackerEngine
-from sam3.model.tracker_prompts import parse_mask, parse_points, require_frame, require_object_id
-from sam3.model.tracker_state import MemoryPolicy, ObjectGroup, PendingOutput, PointPrompt, TrackerState, require_state
+from sam3.model.tracker_engine import TrackerEngine
+from sam3.model.tracker_prompts import (
+    limit_points,
+    parse_mask,
+    parse_points,
+    require_count,
+    require_frame,
+    require_object_id,
+    require_same_size,
+)
+from sam3.model.tracker_state import MemoryPolicy, ObjectGroup, PointPrompt, TrackerState, make_policy, require_state
 from sam3.sam.prompts import PromptError
-
-__all__ = ["Sam3TrackerPredictor", "TrackedFrame"]
-
-logger = logging.getLogger(__name__)
 
 Prompted = tuple[int, list[int], None, Tensor]
 """Frame index, object ids, None, mask logits (B, 1, H, W) of all objects."""
@@ -77,10 +80,8 @@ class Sam3TrackerPredictor(TrackerEngine):
         if objects not in ("joint", "independent"):
             raise ValueError(f"objects must be 'joint' or 'independent', got {objects!r}")
         if max_point_num_in_prompt_enc < 2 or max_cached_features < 1:
-            raise ValueError(
-                f"max_point_num_in_prompt_enc {max_point_num_in_prompt_enc} must be at least 2 and "
-                f"max_cached_features {max_cached_features} at least 1"
-            )
+            given = f"{max_point_num_in_prompt_enc} and {max_cached_features}"
+            raise ValueError(f"max_point_num_in_prompt_enc must be at least 2, max_cached_features 1; got {given}")
         super().__init__(
             model,
             memory_dtype=memory_dtype,
@@ -90,7 +91,7 @@ class Sam3TrackerPredictor(TrackerEngine):
             resize_before_squashing=resize_before_squashing,
         )
         self.objects = objects
-        self.memory_policy = _make_policy(memory_policy)
+        self.memory_policy = make_policy(memory_policy)
         self.max_points = max_point_num_in_prompt_enc
         self.max_cached_features = max_cached_features
 
@@ -134,21 +135,16 @@ class Sam3TrackerPredictor(TrackerEngine):
             from sam3.video.frame_source import open_frames
 
             source = open_frames(video_path, prefetch=2 if async_loading_frames else 0)
-            _require_same_size(source.size_hw, (video_height, video_width))
+            require_same_size(source.size_hw, (video_height, video_width))
             (video_height, video_width), num_frames = source.size_hw, source.num_frames
-        for name, value, optional in (
-            ("video_height", video_height, False),
-            ("video_width", video_width, False),
-            ("num_frames", num_frames, True),
-        ):
-            is_size = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not is_size and not (optional and value is None):
-                raise ValueError(f"{name} must be a positive integer, got {value!r}: give it, or video_path=...")
-        assert video_height is not None and video_width is not None
-        policy = self.memory_policy if memory_policy is None else _make_policy(memory_policy)
+        hint = "; give height and width, or a video as video_path=..."
+        size_hw = require_count(video_height, "video_height", hint), require_count(video_width, "video_width", hint)
+        if num_frames is not None:
+            num_frames = require_count(num_frames, "num_frames")
+        policy = self.memory_policy if memory_policy is None else make_policy(memory_policy)
         return TrackerState(
             engine=self,
-            size_hw=(video_height, video_width),
+            size_hw=size_hw,
             num_frames=num_frames,
             device=self.model.device,
             source=source,
@@ -215,7 +211,7 @@ class Sam3TrackerPredictor(TrackerEngine):
             prompt = PointPrompt(
                 torch.cat([old.coords_px, prompt.coords_px], dim=1), torch.cat([old.labels, prompt.labels], dim=1)
             )
-        prompt = self._limit_points(prompt)
+        prompt = limit_points(prompt, self.max_points)
         answer = self.answer_points(state, group, frame_idx, obj_id, prompt, use_prev_mem_frame)
         group = group or self._add_object(state, obj_id)
         group.mask_frames[obj_id].discard(frame_idx)
@@ -265,8 +261,10 @@ class Sam3TrackerPredictor(TrackerEngine):
         group = group or self._add_object(state, obj_id)
         group.points[obj_id].pop(frame_idx, None)
         group.mask_frames[obj_id].add(frame_idx)
+        assert answer.video_mask is not None
+        for other in [group] if self.objects == "independent" else state.groups:
+            other.give_up_pixels(frame_idx, answer.video_mask)
         group.pending.setdefault(frame_idx, {})[obj_id] = answer
-        _take_pixels(group, frame_idx, obj_id)
         return self._prompted(state, frame_idx) if need_output else None
 
     def clear_all_points_in_frame(
@@ -359,8 +357,8 @@ class Sam3TrackerPredictor(TrackerEngine):
         state = require_state(inference_state)
         if obj_ids is not None:
             raise PromptError(f"obj_ids must be None, got {obj_ids!r}: all objects are tracked; use remove_object")
-        if max_frame_num_to_track is not None and max_frame_num_to_track < 0:
-            raise PromptError(f"max_frame_num_to_track must not be negative, got {max_frame_num_to_track}")
+        if max_frame_num_to_track not in (None, 0):
+            require_count(max_frame_num_to_track, "max_frame_num_to_track")
         if start_frame_idx is not None:
             start_frame_idx = require_frame(state, start_frame_idx, "start_frame_idx")
         state.require_trackable()
@@ -397,36 +395,5 @@ class Sam3TrackerPredictor(TrackerEngine):
         state.groups[-1].add_object(obj_id)
         return state.groups[-1]
 
-    def _limit_points(self, prompt: PointPrompt) -> PointPrompt:
-        num_points = prompt.labels.shape[1]
-        if num_points <= self.max_points:
-            return prompt
-        first, last = self.max_points // 2, self.max_points - self.max_points // 2
-        logger.warning("%d points on one frame: the first %d and the last %d count", num_points, first, last)
-        return PointPrompt(*(torch.cat([x[:, :first], x[:, -last:]], dim=1) for x in prompt))
-
     def _prompted(self, state: TrackerState, frame_idx: int) -> Prompted:
         return frame_idx, state.obj_ids, None, self.known_masks(state, frame_idx)
-
-
-def _take_pixels(group: ObjectGroup, frame_idx: int, obj_id: int) -> None:
-    """Of masks given for one frame, the last one owns its pixels."""
-    outputs = group.pending[frame_idx]
-    taken = outputs[obj_id].video_mask
-    for other_id, other in outputs.items():
-        if other_id != obj_id and other.video_mask is not None and taken is not None:
-            outputs[other_id] = PendingOutput(other.record, other.video_mask & ~taken)
-
-
-def _make_policy(policy: MemoryPolicy | str | None) -> MemoryPolicy | None:
-    if not isinstance(policy, str):
-        return policy
-    from sam3.model.memory_policy import parse
-
-    return parse(policy)
-
-
-def _require_same_size(size_hw: tuple[int, int], wanted_hw: tuple[int | None, int | None]) -> None:
-    for side, value, wanted in zip(("height", "width"), size_hw, wanted_hw, strict=True):
-        if wanted not in (None, value):
-            raise ValueError(f"the video's {side} is {value} pixels, video_{side} says {wanted}: leave it out")

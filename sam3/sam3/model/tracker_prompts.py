@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from numbers import Integral
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from sam3.model.tracker_state import PointPrompt, TrackerState
 from sam3.preprocess import Preprocess
 from sam3.sam.prompts import PromptError, to_array
+
+logger = logging.getLogger(__name__)
 
 _LABELS = (-1, 0, 1, 2, 3)
 _EDGE = 1e-4
@@ -43,6 +46,39 @@ def require_object_id(obj_id: Any) -> int:
     if isinstance(obj_id, bool) or not isinstance(obj_id, Integral):
         raise PromptError(f"obj_id must be an integer, got {obj_id!r}")
     return int(obj_id)
+
+
+def require_count(value: Any, name: str, remedy: str = "") -> int:
+    """A positive integer.
+
+    Raises:
+        PromptError: If it is something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise PromptError(f"{name} must be a positive integer, got {value!r}{remedy}")
+    return int(value)
+
+
+def require_same_size(size_hw: tuple[int, int], wanted_hw: tuple[int | None, int | None]) -> None:
+    """Check that a video has the size that was asked for, if one was.
+
+    Raises:
+        PromptError: If it has another.
+    """
+    for side, value, wanted in zip(("height", "width"), size_hw, wanted_hw, strict=True):
+        if wanted not in (None, value):
+            raise PromptError(f"the video's {side} is {value} pixels, video_{side} says {wanted!r}: leave it out")
+
+
+def limit_points(prompt: PointPrompt, max_points: int) -> PointPrompt:
+    """The first half and the last half of ``max_points`` points, if there are more."""
+    num_points = prompt.labels.shape[1]
+    if num_points <= max_points:
+        return prompt
+    first = max_points // 2
+    last = max_points - first
+    logger.warning("%d points on one frame: the first %d and the last %d count", num_points, first, last)
+    return PointPrompt(*(torch.cat([x[:, :first], x[:, -last:]], dim=1) for x in prompt))
 
 
 def parse_points(

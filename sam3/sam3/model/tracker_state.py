@@ -146,6 +146,12 @@ class ObjectGroup:
         if not outputs:
             self.pending.pop(frame_idx, None)
 
+    def give_up_pixels(self, frame_idx: int, taken_hw: Tensor) -> None:
+        """Leave pixels of a frame to a mask that was given later; only masks that were given too lose any."""
+        for obj_id, waiting in self.pending.get(frame_idx, {}).items():
+            if waiting.video_mask is not None:
+                self.pending[frame_idx][obj_id] = PendingOutput(waiting.record, waiting.video_mask & ~taken_hw)
+
     def stored_record(self, frame_idx: int) -> FrameRecord | None:
         """What the bank holds of a frame, as far as clicks read it."""
         record = self.bank.cond.get(frame_idx)
@@ -326,6 +332,15 @@ def require_state(state: Any) -> TrackerState:
     if not isinstance(state, TrackerState):
         raise PromptError(f"inference_state must come from init_state, got {type(state).__name__}: open a video first")
     return state
+
+
+def make_policy(policy: MemoryPolicy | str | None) -> MemoryPolicy | None:
+    """A policy from its name; see `sam3.model.memory_policy.parse`."""
+    if not isinstance(policy, str):
+        return policy
+    from sam3.model.memory_policy import parse
+
+    return parse(policy)
 
 
 def _stores(bank: MemoryBank) -> dict[str, dict[int, FrameRecord]]:
