@@ -101,9 +101,10 @@ class NameHeads(nn.Module):
         logits = self._logits(map_bchw, features, batch)
         names = (batch["categories"][cells.scene, cells.owner], _real_names(batch))
         for i, name in enumerate(("kind", "colour")):
-            losses[name] = sum(
+            by_cell, whole = (
                 nn.functional.cross_entropy(one[i], truth[:, i]) for one, truth in zip(logits, names, strict=True)
             )
+            losses[name] = by_cell + whole
         return losses
 
     def accuracy(self, map_bchw: Tensor, batch: dict[str, Tensor]) -> dict[str, Tensor]:

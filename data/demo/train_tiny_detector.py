@@ -121,7 +121,8 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace, pretrained: Path) -
         print(f"{trained / 1e6:.2f} M parameters to train; scenes would go to {output}")
         return
     pools = build_pools(output, model.config, cfg, run.is_main, ("lineup", "alike", "val"))
-    train_set, val_set = ConcatDataset([pools["lineup"], pools["alike"]]), pools["val"]
+    train_set: ConcatDataset[Any] = ConcatDataset([pools["lineup"], pools["alike"]])
+    val_set = pools["val"]
     sampler = ResumableDistributedSampler(len(train_set), cfg.SEED, run.rank, run.world_size)
     fit(
         task,

@@ -121,7 +121,7 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
         return
     pools = build_pools(output, model.config, cfg, run.is_main, ("parade", "lineup", "alike", "val"))
     # First names alone, where they are easiest to tell; then everything, in scenes like those of the demo world.
-    stages = (
+    stages: tuple[tuple[str, Any, int, int, int], ...] = (
         ("parade", pools["parade"], cfg.DATA.BATCH_SIZE // 2, 0, cfg.TRAIN.PARADE_EPOCHS),
         (
             "scenes",

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import train_tiny_detector
-from detector_eval import absent_phrases, average_precision, normalised_box, scene_phrases, union_iou
+from demo_eval import generate_test_scenes
+from detector_eval import (
+    absent_phrases,
+    average_precision,
+    evaluate_detector,
+    normalised_box,
+    scene_phrases,
+    union_iou,
+)
 from detector_queries import BOX_SLOTS, SHARES, VISUAL, draw_queries, normalised_boxes
-from teacher_data import COLOUR_NAMES, KINDS, PoolSpec, ScenePool, build_pool
-from teacher_detector import DetectorTask, flip, init_for_training
-from train_tiny_teacher import WEIGHTS
+from teacher_data import COLOUR_NAMES, KINDS, PoolSpec, ScenePool, build_pool, flip
+from teacher_detector import DetectorTask, init_for_training, without_masks
+from train_tiny_teacher import FIRST_SCENES, RECORD, WEIGHTS
 
 import sam3
 from sam3.checkpoint_io import sha256_file
@@ -103,13 +112,13 @@ def test_flips_keep_boxes_on_their_objects(batch: dict[str, torch.Tensor]):
 
 def test_a_step_trains_the_detector_and_nothing_else(model, batch: dict[str, torch.Tensor]):
     init_for_training(model, 0)
-    task = DetectorTask(model, prompts_per_image=2, hint_steps=1).train()
+    task = DetectorTask(model, prompts_per_image=1, hint_steps=1).train()
     frozen = frozen_prefixes(task)
     torch.manual_seed(0)
     hints = task(batch)
     assert "score" not in hints
     terms = task(batch)
-    assert {"kind", "colour", "score", "box", "giou", "presence", "mask_focal", "mask_dice", "semantic"} < set(terms)
+    assert {"kind", "colour", "score", "box", "giou", "presence", "mask_focal", "mask_dice", "marked"} < set(terms)
     terms["loss"].backward()
     trained = {name for name, parameter in task.named_parameters() if parameter.grad is not None}
     assert not [name for name in trained if name.startswith(frozen)]
@@ -124,6 +133,25 @@ def test_a_step_trains_the_detector_and_nothing_else(model, batch: dict[str, tor
     assert not any(".trunk." in name or ".sam2_convs." in name for name in task.saved_state())
 
 
+def test_queries_start_by_looking_into_their_boxes(model):
+    init_for_training(model, 0)
+    decoder = model.transformer.decoder
+    boxes = torch.tensor([0.5, 0.25, 0.3, 0.2]).expand(1, 24, 4)
+    bias = decoder.box_bias(boxes, (20, 20))[0, :, 1].unflatten(-1, (20, 20))
+    assert bias[:, 5, 10].abs().max() < 0.5, "inside"
+    assert bias[:, 5, 19].max() < -1 and bias[:, 15, 10].max() < -1, "beside and below"
+    assert (bias[:, 19, 10] < bias[:, 12, 10]).all()
+    assert (bias[1:, 15, 10] < bias[:-1, 15, 10]).all(), "each head at its own rate"
+
+
+def test_boxes_alone_need_no_mask_head(model):
+    head = model.segmentation_head
+    with pytest.raises(RuntimeError, match="stop"), without_masks(model):
+        assert model.segmentation_head is None
+        raise RuntimeError("stop")
+    assert model.segmentation_head is head
+
+
 def test_validation_repeats_its_prompts(model, batch: dict[str, torch.Tensor]):
     task = DetectorTask(model, prompts_per_image=2).eval()
     with torch.no_grad():
@@ -134,30 +162,47 @@ def test_validation_repeats_its_prompts(model, batch: dict[str, torch.Tensor]):
 
 def test_the_command_line_trains_the_detector_and_keeps_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     weights = tmp_path / "tiny.safetensors"
-    weights.with_suffix(".json").write_text(json.dumps({"miou": {"box": 0.5}}))
+    pretrained = tmp_path / "named.safetensors"
+    shutil.copyfile(WEIGHTS, pretrained)
+    pretrained.with_suffix(".json").write_text(json.dumps({"miou": {"box": 0.5}}))
     arguments = ["--device", "cpu", "--batch-size", "2", "--output", str(tmp_path / "run"), "--weights", str(weights)]
+    arguments += ["--pretrained", str(pretrained)]
     settings = [
-        "DATA.TRAIN_SCENES",
-        "4",
+        "DATA.LINEUPS",
+        "2",
+        "DATA.SCENES",
+        "2",
         "DATA.VAL_SCENES",
         "2",
-        "PROMPTS.PER_IMAGE",
-        "2",
-        "PROMPTS.HINT_EPOCHS",
-        "0.5",
+        "DATA.NUM_WORKERS",
+        "1",
+        "TRAIN.EPOCHS",
+        "1",
     ]
-    settings += ["DATA.NUM_WORKERS", "1", "TRAIN.EPOCHS", "1"]
+    settings += ["PROMPTS.PER_IMAGE", "1", "PROMPTS.HINT_EPOCHS", "0.5"]
     assert train_tiny_detector.main([*arguments, "--test-scenes", "1", "--opts", *settings]) == 0
     record = json.loads(weights.with_suffix(".json").read_text())
     assert record["miou"] == {"box": 0.5}
     assert record["detector"]["steps"] == 2
     assert "train_tiny_detector.py" in record["detector"]["command"]
     assert {"mask_ap", "box_ap50", "phrase_miou", "absent_rejected"} < set(record["detector"]["scores"])
+    assert set(record["detector"]["scores_by_form"]) == {"colour", "kind"}
     assert record["weights_sha256"] == sha256_file(weights)
     before, after = (sam3.load_model(path, device="cpu").state_dict() for path in (WEIGHTS, weights))
     kept = [name for name in before if name.startswith(train_tiny_detector.PROMPTABLE_PARTS)]
     assert len(kept) > 100
     assert all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_the_shipped_detector_reaches_its_recorded_quality():
+    recorded = json.loads(RECORD.read_text())["detector"]
+    found = evaluate_detector(sam3.load_model(WEIGHTS, device="cpu"), generate_test_scenes(FIRST_SCENES), False)
+    for name, value in found.items():
+        assert value == pytest.approx(recorded["scores_first_scenes"][name], abs=0.05), name
+    floors = {"mask_ap50": 0.7, "box_ap50": 0.7, "phrase_miou": 0.65, "exemplar_miou": 0.4, "absent_rejected": 0.65}
+    for name, floor in floors.items():
+        assert recorded["scores"][name] > floor, name
+    assert recorded["scores_by_form"]["colour"]["mask_ap50"] > 0.8
 
 
 def test_perfect_answers_score_one_and_no_answers_zero():
