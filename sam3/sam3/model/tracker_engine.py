@@ -139,8 +139,8 @@ class TrackerEngine:
         """The frame as one object's memory shows it, (1, C, G, G)."""
         row, num_frames = group.obj_ids.index(obj_id), state.assumed_num_frames
         where = (group.bank, frame_idx, self.tracker.settings, num_frames, bool(group.tracked.direction(frame_idx)))
-        memories = [m._replace(record=m.record.select([row])) for m in attended_memories(*where)]
-        pointers = [p._replace(record=p.record.select([row])) for p in attended_pointers(*where)]
+        memories = [m._replace(record=m.record.select([row])) for m in attended_memories(*where, object_index=row)]
+        pointers = [p._replace(record=p.record.select([row])) for p in attended_pointers(*where, object_index=row)]
         return self.tracker.condition_on_memory(features, memories, pointers, num_frames)
 
     # --- tracking -----------------------------------------------------------------------------------------------------
