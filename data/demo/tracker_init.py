@@ -16,8 +16,10 @@ from sam3.model.sam3_tracker import Sam3Tracker
 
 LOCALITY = 2.0
 """Constant part of queries and keys, which rotary positions turn: the larger, the more a cell reads its own place."""
-PUSH = 5.0
-"""How much further features move than under a mask prompt, which comes with points that explain it."""
+CONTENT_GAIN = 0.1
+"""Scale of what queries and keys read of features and memories, beside that constant."""
+PUSH = 2.0
+"""How far features move where the object was, in standard deviations of what they are anyway."""
 CERTAIN_LOGIT = 10.0
 
 
@@ -28,7 +30,7 @@ def init_for_tracking(tracker: Sam3Tracker, coarse_nchw: Tensor, coverage_nhw: T
     The norm behind the memory attention gets the scale and shift that bring features back to what the SAM heads know.
     In the attention to the memory, queries and keys are constants that rotary positions turn, and little else. The
     first channel of a memory is, by least squares, the mask that it was made from; where it is read, features move
-    where they do under a mask prompt. A mask prompt starts as the logits of a certain mask.
+    in the direction in which a mask prompt moves them. A mask prompt starts as the logits of a certain mask.
 
     Args:
         tracker: With trained SAM heads.
@@ -42,16 +44,17 @@ def init_for_tracking(tracker: Sam3Tracker, coarse_nchw: Tensor, coverage_nhw: T
     tokens = seen.flatten(2).transpose(1, 2).flatten(0, 1)
     _undo_norm(attention.norm, tokens)
     scale = float(tokens.std(dim=1).mean())
-    push = _mask_prompt_push(tracker, coverage_nhw)
+    direction = _mask_prompt_direction(tracker, coverage_nhw)
+    push = direction * PUSH * (tokens @ direction).std()
     for layer in attention.layers:
-        _init_attention(layer.self_attn, 0.7, 0.0, 0.002 * scale, generator)
-        _init_attention(layer.cross_attn_image, 0.7, LOCALITY, 0.005 * scale, generator)
-        layer.linear2.weight.normal_(0.0, 0.002 * scale, generator=generator)
+        _init_attention(layer.self_attn, 0.7, 0.0, 0.001 * scale, generator)
+        _init_attention(layer.cross_attn_image, CONTENT_GAIN, LOCALITY, 0.001 * scale, generator)
+        layer.linear2.weight.normal_(0.0, 0.001 * scale, generator=generator)
         # Channel 0 of the memory is the mask; each layer adds its share of the push.
         reader = layer.cross_attn_image
         reader.v_proj.weight[0].zero_()
         reader.v_proj.weight[0, 0] = 1.0
-        reader.out_proj.weight[:, 0] = PUSH * push / len(attention.layers)
+        reader.out_proj.weight[:, 0] = push / len(attention.layers)
     _remember_mask(tracker, coarse_nchw, coverage_nhw, scale, generator)
     tracker.mask_downsample.weight.fill_(2 * CERTAIN_LOGIT / tracker.mask_downsample.weight.numel())
     bias: Any = tracker.mask_downsample.bias
@@ -76,12 +79,12 @@ def _init_attention(attention: Any, gain: float, constant: float, out_std: float
     attention.out_proj.bias.zero_()
 
 
-def _mask_prompt_push(tracker: Sam3Tracker, coverage_nhw: Tensor) -> Tensor:
-    """Half of what a mask prompt adds inside a mask more than outside of it, (C,)."""
+def _mask_prompt_direction(tracker: Sam3Tracker, coverage_nhw: Tensor) -> Tensor:
+    """The direction of what a mask prompt adds inside a mask more than outside of it, a unit vector (C,)."""
     logits = (2 * coverage_nhw[:, None] - 1) * CERTAIN_LOGIT
     dense = tracker.sam_prompt_encoder.embed_masks(logits).permute(0, 2, 3, 1)
     cells = F.adaptive_avg_pool2d(coverage_nhw[:, None], dense.shape[1])[:, 0]
-    return 0.5 * (dense[cells > 0.9].mean(0) - dense[cells < 0.1].mean(0))
+    return F.normalize(dense[cells > 0.9].mean(0) - dense[cells < 0.1].mean(0), dim=0)
 
 
 def _remember_mask(

@@ -18,7 +18,11 @@ from sam3_train.tracking_losses import TrackingAnswer, TrackingLossWeights, trac
 VIDEO_FRAMES = 16
 """Clips stand for videos of at least this length, so that pointers' positions in time mean what they mean in those."""
 PROMPTING = ClipPrompting(num_prompted=(1, 2), num_corrected=(0, 1), clicks_per_frame=1, mask_share=0.4, box_share=0.3)
-WEIGHTS = TrackingLossWeights(iou=2.0, others=0.3)
+LARGE_WEIGHTS = (".out_proj.weight", ".linear2.weight", ".encoder.norm.weight", ".encoder.norm.bias")
+LARGE_LR_SCALE = 6.0
+"""Coarse features are some 20 times as large as what layers give from normalised inputs."""
+FOCAL_WEIGHT, IOU_WEIGHT, OTHERS_SHARE = 20.0, 2.0, 0.5
+BALANCED_WEIGHT = 2.0
 
 
 class TrackingTask(Task):
@@ -43,7 +47,9 @@ class TrackingTask(Task):
             num_objects: Most objects of each clip.
             lengths: Frames of a clip, for each part of the training.
             steps_per_length: Length of such a part; the last length stays.
-            hint_steps: Over so many steps the loss of `marked` fades, and presence is forced.
+            hint_steps: Over so many steps a balanced cross entropy, which all candidates share, gives way to the focal
+                loss, and the loss of `marked` fades; until then presence is forced. With the focal loss alone masks
+                stay small for long.
             heads_lr_scale: Learning rate of the SAM heads, relative to the memory's.
         """
         super().__init__()
@@ -77,10 +83,13 @@ class TrackingTask(Task):
             force_presence=hint > 0.0,
         )
         self.steps_done += 1
-        terms = tracking_losses(judged_answers(result, clips), WEIGHTS)
+        answers = judged_answers(result, clips)
+        weights = TrackingLossWeights((1.0 - hint) * FOCAL_WEIGHT, iou=IOU_WEIGHT, others=max(hint, OTHERS_SHARE))
+        terms = tracking_losses(answers, weights)
         terms["marked"] = self._marked_loss(result, clips)
         if hint:
-            terms["loss"] = terms["loss"] + hint * terms["marked"]
+            terms["balanced"] = balanced_loss(answers)
+            terms["loss"] = terms["loss"] + hint * (BALANCED_WEIGHT * terms["balanced"] + terms["marked"])
         iou, is_tracked = tracked_ious(result, clips)
         return {**terms, "iou_tracked": _mean(iou, is_tracked)}
 
@@ -101,8 +110,10 @@ class TrackingTask(Task):
         return len(batch["coverage"])
 
     def lr_scale(self, name: str) -> float:
-        """The SAM heads already know what they do."""
-        return self.heads_lr_scale if ".sam_" in name else 1.0
+        """The SAM heads already know what they do; what is added to the large features must grow large."""
+        if ".sam_" in name:
+            return self.heads_lr_scale
+        return LARGE_LR_SCALE if name.startswith("tracker.transformer.") and name.endswith(LARGE_WEIGHTS) else 1.0
 
     def _track(self, clips: ClipBatch, kind: str) -> Tensor:
         result = forward_clip(
@@ -137,6 +148,17 @@ def judged_answers(result: ClipResult, clips: ClipBatch) -> list[TrackingAnswer]
         )
         for t, sam in result.answers
     ]
+
+
+def balanced_loss(answers: list[TrackingAnswer]) -> Tensor:
+    """Cross entropy where the inside and the outside of each object weigh the same, over all candidates."""
+    losses = []
+    for answer in answers:
+        num_masks = answer.mask_logits.shape[1]
+        targets = answer.target.repeat_interleave(num_masks, dim=0)
+        loss = balanced_cross_entropy(answer.mask_logits.flatten(0, 1), targets).view(-1, num_masks).mean(dim=1)
+        losses.append((loss * answer.present).sum() / len(loss))
+    return torch.stack(losses).mean()
 
 
 def tracked_ious(result: ClipResult, clips: ClipBatch) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ from sam3_train.errors import UserError, run_cli
 from sam3_train.run_record import package_versions
 
 SCRIPT = "data/demo/train_tiny_tracker.py"
-FIRST_CLIPS = 2
+FIRST_CLIPS = 1
 """So many of the test clips are scored apart, for a quick check of the shipped file."""
 MIN_BOX_MIOU = 0.80
 """What boxes must still score on held-out scenes, or nothing is written."""
@@ -40,18 +40,18 @@ def get_defaults() -> CfgNode:
     cfg.OUTPUT = "output/demo/teacher_tracker"
     cfg.SAVE_FREQ = 4
     cfg.PRINT_FREQ = 25
-    cfg.DATA = CfgNode({"BATCH_SIZE": 3, "TRAIN_CLIPS": 400, "VAL_CLIPS": 16, "KEPT_FRAMES": 12, "NUM_WORKERS": 1})
+    cfg.DATA = CfgNode({"BATCH_SIZE": 3, "TRAIN_CLIPS": 300, "VAL_CLIPS": 6, "KEPT_FRAMES": 12, "NUM_WORKERS": 1})
     cfg.MODEL = CfgNode({"PRETRAINED": str(WEIGHTS), "CONTINUE_TRACKER": ""})
-    cfg.CLIPS = CfgNode({"OBJECTS": 2, "LENGTHS": [4, 6, 8], "HINT_EPOCHS": 6.0, "HEADS_LR_SCALE": 0.3})
+    cfg.CLIPS = CfgNode({"OBJECTS": 2, "LENGTHS": [4, 4, 6], "HINT_EPOCHS": 6.0, "HEADS_LR_SCALE": 0.5})
     train = cfg.TRAIN
-    train.EPOCHS = 20
+    train.EPOCHS = 15
     train.BASE_LR, train.MIN_LR, train.WARMUP_LR = 1.5e-3, 1e-5, 1e-5
     train.WARMUP_EPOCHS = 0.3
     train.OPTIMIZER.BETAS = [0.9, 0.95]
     train.WEIGHT_DECAY = 0.01
     train.CLIP_GRAD = 1.0
     train.EMA_DECAY = 0.998
-    train.SAVE_EVERY_MINUTES = 5.0
+    train.SAVE_EVERY_MINUTES = 3.0
     train.FIND_UNUSED_PARAMETERS = True  # which prompts a batch has decides which weights it reads
     return cfg
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,8 @@ def test_two_steps_train_memory_and_heads(batch: dict[str, Tensor]):
     assert {"transformer", "maskmem_backbone", "sam_mask_decoder", "obj_ptr_proj"} <= moved
     assert task.lr_scale("tracker.sam_mask_decoder.iou_token.weight") == 0.3
     assert task.lr_scale("tracker.maskmem_tpos_enc") == 1.0
+    large = {name for name, _ in task.named_parameters() if task.lr_scale(name) > 1.0}
+    assert len(large) == 2 * (2 + 1) + 2, "two attentions and an MLP in each layer, and the last norm"
 
 
 def test_validation_is_repeatable_and_leaves_the_random_stream_alone(model: Sam3Image, batch: dict[str, Tensor]):
@@ -153,17 +156,24 @@ def test_a_clip_is_tracked_from_the_frame_that_shows_an_object(model: Sam3Image)
         track_clip(model, late, "scribble")
 
 
-def test_the_command_line_trains_exports_and_records(
-    tmp_path: Path, pool: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    monkeypatch.setattr("tracker_eval.CLIP_FRAMES", 10)
-    monkeypatch.setattr("tracker_eval.generate_test_clips.__defaults__", (10, 0))
-    output, weights = tmp_path / "run", tmp_path / "tiny.safetensors"
-    settings = ["DATA.TRAIN_CLIPS", "4", "DATA.VAL_CLIPS", "2", "DATA.KEPT_FRAMES", "3", "TRAIN.EPOCHS", "2"]
-    settings += ["CLIPS.LENGTHS", "[2, 3]", "DATA.NUM_WORKERS", "0"]
-    arguments = ["--device", "cpu", "--batch-size", "2", "--output", str(output), "--weights", str(weights)]
-    arguments += ["--max-steps", "2", "--test-scenes", "1", "--test-clips", "1", "--opts", *settings]
-    assert train_tiny_tracker.main(arguments) == 0
+@pytest.fixture(scope="module")
+def short_clips() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tracker_eval.generate_test_clips.__defaults__", (10, 0))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    settings = ["DATA.TRAIN_CLIPS", "4", "DATA.VAL_CLIPS", "1", "DATA.KEPT_FRAMES", "3", "DATA.NUM_WORKERS", "0"]
+    settings += ["TRAIN.EPOCHS", "1", "CLIPS.LENGTHS", "[2, 3]"]
+    output = tmp_path_factory.mktemp("tracker_run")
+    return ["--device", "cpu", "--batch-size", "2", "--output", str(output), "--test-clips", "1", "--opts", *settings]
+
+
+def test_the_command_line_trains_exports_and_records(tmp_path: Path, run_arguments: list[str], short_clips: None):
+    weights = tmp_path / "tiny.safetensors"
+    assert train_tiny_tracker.main(["--weights", str(weights), "--test-scenes", "1", *run_arguments]) == 0
     record = json.loads(weights.with_suffix(".json").read_text())
     assert record["tracker"]["steps"] == 2 and "train_tiny_tracker.py" in record["tracker"]["command"]
     assert set(record["tracker"]["scores"]) == {"mask", "box", "click", "stand_still"}
@@ -173,20 +183,20 @@ def test_the_command_line_trains_exports_and_records(
     for name, value in shipped.state_dict().items():
         if not name.startswith("inst_interactive_predictor."):
             assert torch.equal(value, made.state_dict()[name]), name
-    assert not torch.equal(
-        shipped.heads.sam_mask_decoder.iou_token.weight, made.heads.sam_mask_decoder.iou_token.weight
-    )
+    before, after = (model.heads.sam_mask_decoder.iou_token.weight for model in (shipped, made))
+    assert not torch.equal(before, after)
 
 
 def test_heads_that_were_hurt_are_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    run_arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.setattr("demo_eval.evaluate_promptable", lambda *args: {"box": 0.5})
-    output, weights = tmp_path / "run", tmp_path / "tiny.safetensors"
-    settings = ["DATA.TRAIN_CLIPS", "2", "DATA.VAL_CLIPS", "1", "DATA.KEPT_FRAMES", "2", "TRAIN.EPOCHS", "1"]
-    settings += ["CLIPS.LENGTHS", "[2]", "DATA.NUM_WORKERS", "0"]
-    arguments = ["--device", "cpu", "--batch-size", "2", "--output", str(output), "--weights", str(weights)]
-    assert train_tiny_tracker.main([*arguments, "--max-steps", "1", "--test-scenes", "6", "--opts", *settings]) == 2
+    weights = tmp_path / "tiny.safetensors"
+    arguments = ["--weights", str(weights), "--export-only", "--test-scenes", "6", *run_arguments]
+    assert train_tiny_tracker.main(arguments) == 2
     assert "boxes score 0.500 on held-out scenes, less than 0.8" in capsys.readouterr().err
     assert not weights.exists()
 
