@@ -14,7 +14,7 @@ PACKAGES = {"sam3": "sam3/sam3", "sam3_train": "sam3/sam3_train", **{name: name 
 # What the model library may import beyond Python itself: a script that only predicts installs no training package.
 SAM3_MAY_IMPORT = {
     *("sam3", "torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "huggingface_hub"),
-    *("open_clip", "scipy", "tqdm"),
+    *("open_clip", "scipy", "tqdm", "av", "decord"),
 }
 # The oracle of the tests and of the benchmark; no run of ours may depend on it.
 ORACLES = {"transformers"}

@@ -216,8 +216,8 @@ _OTHER_FILES: tuple[tuple[Callable[[Keys], bool], str], ...] = (
     ),
     (
         lambda keys: any("spatial_perceiver." in key for key in keys),
-        "a checkpoint of the memory training (stage 2), for video; this version reads image models. Give the merged "
-        "file that the training started from",
+        "a checkpoint of the memory training (stage 2), whose memory "
+        "this version does not read. Give the merged file that the training started from",
     ),
     (
         lambda keys: any(key.startswith(("student_trunk.", "frozen_convs.")) for key in keys),

@@ -31,6 +31,7 @@ from sam3.sam.prompts import PromptError
 HEIGHT, WIDTH = 40, 60
 RGB = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
 BOX = [0.5, 0.5, 0.2, 0.2]
+ABSENT_DEVICE = "cuda:77"
 
 
 class World(NamedTuple):
@@ -241,12 +242,12 @@ REFUSED: dict[str, tuple[Callable[[World], Any], type[Exception], str]] = {
         "device gpu: torch knows devices such as cpu, cuda, cuda:1 and mps",
     ),
     "device that is not there": (
-        lambda w: sam3.load_model(w.folder / "never read.pt", device="cuda:77"),
+        lambda w: sam3.load_model(w.folder / "never read.pt", device=ABSENT_DEVICE),
         DeviceError,
         "device cuda:77: is not available here (",
     ),
     "device of another machine for a builder": (
-        lambda w: sam3.build_sam3_image_model(load_from_HF=False, config="tiny", device="cuda:77"),
+        lambda w: sam3.build_sam3_image_model(load_from_HF=False, config="tiny", device=ABSENT_DEVICE),
         DeviceError,
         "device cuda:77: is not available here (",
     ),
