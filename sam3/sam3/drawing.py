@@ -35,11 +35,12 @@ def draw_overlay(
     Args:
         image: uint8, (H, W, 3).
         masks: One bool (H, W) for each object, or an empty list for boxes alone.
-        boxes_xyxy_px: One box for each object; it may reach over the edge.
+        boxes_xyxy_px: One box for each object, which may reach over the edge, or an empty list for masks alone.
         labels: One short text for each object; may be empty.
         color_indices: Which `object_color` each object has; None counts from 0.
     """
-    colors = [object_color(index) for index in (range(len(boxes_xyxy_px)) if color_indices is None else color_indices)]
+    count = max(len(masks), len(boxes_xyxy_px))
+    colors = [object_color(index) for index in (range(count) if color_indices is None else color_indices)]
     height, width = image.shape[:2]
     line = max(1, round(min(height, width) / 300))
     pixels = image.copy()

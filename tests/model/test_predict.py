@@ -285,6 +285,8 @@ def test_an_overlay_shows_masks_boxes_and_labels() -> None:
     assert tuple(picture[40, 80]) == tuple(picture[100, 90]) == color
     assert tuple(picture[110, 150]) == (100, 100, 100)
     assert len(np.unique(picture[15:30, 20:60].reshape(-1, 3), axis=0)) > 5, "no label above the box"
+    without_boxes = np.array(draw_overlay(image, [mask, mask], [], []))
+    assert (without_boxes != image).any()
     outside = draw_overlay(image[:8, :8], [mask[:8, :8]], [[-5, -5, 900, 900]], ["label wider than the image"])
     assert outside.size == (8, 8)
 
