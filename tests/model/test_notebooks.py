@@ -82,6 +82,7 @@ def test_the_image_notebook_on_the_demo_teacher(tmp_path) -> None:
     assert [num_pictures(cell) for cell in cells[:-3]] == [0, 0, 1, 1, 1, 1]
     assert len(printed(cells[2]).splitlines()) == 2, "there are two red hexagons"
     assert printed(cells[4]).splitlines() == ["orange star: 1", "cyan heart: 1", "blue circle: 0"]
+    assert printed(cells[5]) == "2 like the box\n"
 
 
 def test_the_video_notebook_runs_on_any_checkpoint(tmp_path) -> None:
