@@ -1,0 +1,359 @@
+"""Prompts, clicks and propagation of the text-prompted video model, and what it refuses."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from video_world import (
+    HEIGHT,
+    SMALL,
+    WIDTH,
+    ScriptedVideo,
+    assert_same_outputs,
+    make_frames,
+    run_all,
+    small_model,
+)
+
+from sam3.model.memory_policy import EditRefusedError
+from sam3.model.sam3_video_inference import Sam3VideoInference
+from sam3.model.video_config import VideoConfig
+from sam3.model.video_state import VideoState
+from sam3.model_builder import assemble_image_model
+from sam3.preprocess import Preprocess
+from sam3.sam.prompts import PromptError
+from sam3.video.frame_source import FrameRangeError, VideoInputError
+
+LEFT, MIDDLE, RIGHT = (1, 6), (9, 14), (18, 23)
+LOOSE = VideoConfig(
+    score_threshold_detection=0.0,
+    new_det_thresh=0.0,
+    det_nms_thresh=0.5,
+    hotstart_delay=0,
+    max_num_objects=3,
+    fill_hole_area=0,
+)
+"""Random weights find something."""
+CLICK: dict[str, Any] = {"points": [[0.5, 0.5]], "point_labels": [1], "obj_id": 7}
+SCRIPT = {t: [(0.9, LEFT), (0.8, RIGHT)] for t in range(40)}
+
+
+def fixed(obj_id: int, frame_idx: int) -> tuple[int, int]:
+    return (LEFT, RIGHT, MIDDLE)[min(obj_id, 2)]
+
+
+def start(count: int = 8, frame_idx: int = 0, **options: Any) -> tuple[ScriptedVideo, VideoState]:
+    video = ScriptedVideo(SCRIPT, tracks=fixed)
+    state = video.init_state(make_frames(count), **options)
+    video.add_prompt(state, frame_idx, text_str="thing")
+    return video, state
+
+
+# --- the real detector ------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_found_and_followed_by_the_real_model() -> None:
+    video = Sam3VideoInference(small_model(), LOOSE)
+    state = video.init_state(make_frames(4))
+    frame_idx, out = video.add_prompt(state, 0, text_str="red circle")
+    assert frame_idx == 0 and 1 <= len(out["out_obj_ids"]) <= 3
+    outputs = run_all(video, state)
+    assert list(outputs) == [0, 1, 2, 3]
+    assert all(len(out["out_obj_ids"]) for out in outputs.values())
+
+
+def test_scores_hold_the_presence_once() -> None:
+    """Also when the model gives joint scores itself."""
+    found = {}
+    for name, use_presence, is_joint in (("plain", True, False), ("joint", True, True), ("without", False, False)):
+        video = Sam3VideoInference(small_model(), LOOSE.replace(use_presence=use_presence))
+        state = video.init_state(make_frames(1))
+        small_model().supervise_joint_box_scores = is_joint
+        try:
+            found[name] = video.add_prompt(state, 0, text_str="red circle")[1]["out_probs"]
+        finally:
+            small_model().supervise_joint_box_scores = False
+    np.testing.assert_array_equal(found["plain"], found["joint"])
+    assert found["without"].max() > found["plain"].max()
+
+
+def test_a_box_speaks_for_its_frame_and_the_next() -> None:
+    video = Sam3VideoInference(small_model(), LOOSE)
+    state = video.init_state(make_frames(6))
+    seen: dict[int, int] = {}
+    detections = video._detections
+    video._detections = lambda state, encoded, reverse: _note(
+        seen, encoded.frame_idx, detections(state, encoded, reverse)
+    )
+    _, out = video.add_prompt(state, 2, boxes_xywh=[0.2, 0.2, 0.4, 0.4], box_labels=[1])
+    assert len(out["out_obj_ids"])
+    run_all(video, state)
+    assert {t for t, count in seen.items() if count} == {2, 3}
+    assert set(seen) == {2, 3, 4, 5}
+
+
+def _note(seen: dict[int, int], frame_idx: int, found: Any) -> Any:
+    seen[frame_idx] = len(found)
+    return found
+
+
+def test_boxes_in_pixels_and_fractions_are_the_same_and_several_are_taken() -> None:
+    video = Sam3VideoInference(small_model(), LOOSE)
+    relative, pixels = [[0.25, 0.2, 0.5, 0.4], [0.1, 0.5, 0.2, 0.2]], [[10, 6, 20, 12], [4, 15, 8, 6]]
+    both = []
+    for boxes, is_relative in ((relative, True), (pixels, False)):
+        state = video.init_state(make_frames(1))
+        options = {"boxes_xywh": boxes, "box_labels": [1, 0], "rel_coordinates": is_relative}
+        both.append({0: video.add_prompt(state, 0, text_str="red circle", **options)[1]})
+    assert_same_outputs(*both)
+    state = video.init_state(make_frames(1))
+    assert (both[0][0]["out_probs"] != video.add_prompt(state, 0, text_str="red circle")[1]["out_probs"]).any()
+
+
+# --- clicks -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_click_starts_a_fresh_session() -> None:
+    video = Sam3VideoInference(small_model(), LOOSE)
+    state = video.init_state(make_frames(5))
+    frame_idx, out = video.add_prompt(state, 1, **CLICK)
+    assert frame_idx == 1 and out["out_obj_ids"].tolist() == [7]
+    assert out["out_probs"].tolist() == [1.0] and out["frame_stats"] is None
+    outputs = run_all(video, state)
+    assert list(outputs) == [1, 2, 3, 4] and list(state.scores) == [7]
+    assert list(run_all(video, state, reverse=True)) == [0]
+
+
+def test_clicked_objects_have_no_probation_and_new_numbers_follow_them() -> None:
+    video, state = start()
+    video.add_prompt(state, 0, **CLICK)
+    outputs = run_all(video, state)
+    assert state.obj_ids == [0, 1, 7] and state.next_obj_id == 8
+    assert outputs[7]["frame_stats"]["num_obj_tracked"] == 3
+
+
+def test_a_click_changes_its_group_alone() -> None:
+    """Objects 0 and 1, of another group, stay what they were on every frame."""
+    video, state = start()
+    before = run_all(video, state)
+    video.processed.clear()
+    video.add_prompt(state, 3, **CLICK)
+    after = run_all(video, state, start_frame_idx=3)
+    assert video.processed == [] and video.propagated == [3, 4, 5, 6, 7]
+    assert all(7 in state.cache.frames[t].masks for t in after)
+    boxes = {
+        t: dict(zip(out["out_obj_ids"].tolist(), out["out_boxes_xywh"].tolist(), strict=True))
+        for t, out in after.items()
+    }
+    for t, out in before.items():
+        for obj_id, box in zip(out["out_obj_ids"].tolist(), out["out_boxes_xywh"].tolist(), strict=True):
+            if t >= 3:
+                assert boxes[t][obj_id] == box  # boxes are those of the masks before overlaps are resolved
+
+
+def test_a_correction_makes_its_frame_conditioning_and_demotes_the_detectors() -> None:
+    video, state = start()
+    run_all(video, state)
+    (group,) = state.groups
+    pointers = group.bank.non_cond[5].obj_ptr
+    assert 0 in group.bank.cond
+    _, out = video.add_prompt(state, 5, points=[[0.2, 0.5], [0.9, 0.1]], point_labels=[1, 0], obj_id=0)
+    assert out["out_probs"].tolist()[0] == 1.0
+    (group,) = state.groups
+    assert set(group.bank.cond) == {5} and group.clicked_frames == {5}
+    assert group.bank.cond[5].maskmem_features is not None
+    differs = (group.bank.cond[5].obj_ptr != pointers).any(dim=1).tolist()
+    assert differs == [True, False]
+    video.propagated.clear()
+    list(video.propagate_in_video(state, 5))
+    assert video.propagated == [5, 6, 7]
+    list(video.propagate_in_video(state, 5, reverse=True))
+    assert video.propagated[3:] == [4, 3, 2, 1, 0]
+    video.propagated.clear()
+    list(video.propagate_in_video(state, 0))  # all of it is known by now
+    assert video.propagated == []
+
+
+def test_a_click_on_a_removed_number_makes_a_new_object() -> None:
+    video, state = start()
+    run_all(video, state)
+    video.remove_object(state, 0)
+    assert all(set(cached.masks) == {1} for cached in state.cache.frames.values())
+    video.add_prompt(state, 4, points=[[0.5, 0.5]], point_labels=[1], obj_id=0)
+    assert state.obj_ids == [0, 1] and len(state.groups) == 2
+
+
+# --- propagation ------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_known_is_handed_out_again_without_computing() -> None:
+    video, state = start()
+    first = run_all(video, state)
+    video.processed.clear()
+    assert_same_outputs(first, run_all(video, state))
+    part = run_all(video, state, start_frame_idx=2, max_frame_num_to_track=3)
+    assert list(part) == [2, 3, 4, 5]
+    video.remove_object(state, 1)
+    assert all(out["out_obj_ids"].tolist() == [0] for out in run_all(video, state).values())
+    assert video.processed == []
+
+
+def test_forward_and_backward_from_the_middle() -> None:
+    video, state = start(10, frame_idx=4)
+    assert list(run_all(video, state)) == [4, 5, 6, 7, 8, 9]
+    assert list(run_all(video, state, reverse=True)) == [3, 2, 1, 0]
+    assert list(run_all(video, state, reverse=True, max_frame_num_to_track=2)) == [3, 2]
+    video.processed.clear()
+    assert list(run_all(video, state, start_frame_idx=0)) == list(range(10))
+    assert video.processed == []
+
+
+def test_a_propagation_can_go_on_where_it_stopped() -> None:
+    video, state = start(10)
+    first = run_all(video, state, max_frame_num_to_track=4)
+    assert list(first) == [0, 1, 2, 3, 4]
+    assert list(run_all(video, state, start_frame_idx=5)) == [5, 6, 7, 8, 9]
+
+
+def test_a_new_text_resets_the_session() -> None:
+    video, state = start()
+    run_all(video, state)
+    video.add_prompt(state, 2, text_str="other thing")
+    assert state.first_frame == 2 and state.obj_ids == [0, 1] and list(state.cache.frames) == [2]
+    video.reset_state(state)
+    assert state.obj_ids == [] and state.groups == [] and state.prompt is None
+    with pytest.raises(PromptError, match="nothing to propagate"):
+        next(iter(video.propagate_in_video(state)))
+
+
+@pytest.mark.parametrize("edit", ["prompt", "click", "removal"])
+def test_an_edit_ends_a_running_propagation(edit: str) -> None:
+    video, state = start()
+    running = video.propagate_in_video(state)
+    next(running)
+    edits: dict[str, Callable[[], Any]] = {
+        "prompt": lambda: video.add_prompt(state, 0, text_str="x"),
+        "click": lambda: video.add_prompt(state, 0, **CLICK),
+        "removal": lambda: video.remove_object(state, 1),
+    }
+    edits[edit]()
+    with pytest.raises(RuntimeError, match="edited while"):
+        next(running)
+
+
+def test_a_live_source_is_followed_to_its_end() -> None:
+    """With the results of a video whose length is known, unless that has fewer than 16 frames."""
+    outputs = []
+    for frames in (iter(make_frames(18)), make_frames(18)):
+        video = ScriptedVideo(SCRIPT)
+        state = video.init_state(frames)
+        assert (state.num_frames, state.edit_window) == ((18, None) if isinstance(frames, list) else (None, 0))
+        video.add_prompt(state, 0, text_str="thing")
+        outputs.append(run_all(video, state))
+    assert list(outputs[0]) == list(range(18))
+    assert_same_outputs(*outputs)
+
+
+def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
+    path = tmp_path / "one.png"
+    Image.fromarray(make_frames(1)[0]).save(path)
+    video = ScriptedVideo(SCRIPT)
+    state = video.init_state(path)
+    assert state.num_frames == 1 and state.size_hw == (HEIGHT, WIDTH)
+    video.add_prompt(state, 0, text_str="thing")
+    assert list(run_all(video, state)) == [0]
+
+
+def test_a_letterboxed_model_gives_masks_in_the_videos_frame() -> None:
+
+    video = Sam3VideoInference(
+        assemble_image_model(SMALL, Preprocess(84, "letterbox"), enable_tracker=True).eval(), LOOSE
+    )
+    state = video.init_state(make_frames(3))
+    _, out = video.add_prompt(state, 0, **CLICK)
+    assert out["out_binary_masks"].shape[1:] == (HEIGHT, WIDTH)
+    assert list(run_all(video, state)) == [0, 1, 2]
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+BAD_PROMPTS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "nothing": ({}, PromptError, "no prompt"),
+    "an empty text": ({"text_str": "  "}, PromptError, "empty"),
+    "two texts": ({"text_str": ["a", "b"]}, PromptError, "one text"),
+    "a frame after the end": ({"frame_idx": 8, "text_str": "x"}, FrameRangeError, "has no frame 8; it has 8"),
+    "a negative frame": ({"frame_idx": -1, "text_str": "x"}, FrameRangeError, "has no frame -1"),
+    "a frame that is no integer": ({"frame_idx": 1.5, "text_str": "x"}, PromptError, "1.5"),
+    "a box in pixels as fractions": ({"boxes_xywh": [3, 4, 10, 10]}, PromptError, "box"),
+    "a box without area": ({"boxes_xywh": [0.1, 0.1, 0.0, 0.2]}, PromptError, "no area"),
+    "three numbers for a box": ({"boxes_xywh": [0.1, 0.1, 0.2]}, PromptError, "shape"),
+    "too many labels of a box": ({"boxes_xywh": [0.1, 0.1, 0.2, 0.2], "box_labels": [1, 0]}, PromptError, "labels"),
+    "a click with a text": ({"text_str": "x", **CLICK}, PromptError, "calls of their own"),
+    "a click on nobody": ({**CLICK, "obj_id": None}, PromptError, "obj_id"),
+    "a click on a name": ({**CLICK, "obj_id": "cat"}, PromptError, "'cat'"),
+    "no points": ({"obj_id": 0}, PromptError, "points and point_labels"),
+    "an empty list of points": ({**CLICK, "points": np.zeros((0, 2)), "point_labels": []}, PromptError, "at least one"),
+    "a point outside": ({**CLICK, "points": [[20, 12]]}, PromptError, "outside the image"),
+    "a point beside the video": ({**CLICK, "points": [[41, 3]], "rel_coordinates": False}, PromptError, "outside"),
+    "a point that is not finite": ({**CLICK, "points": [[float("nan"), 0.1]]}, PromptError, "finite"),
+    "a box corner's label": ({**CLICK, "point_labels": [2]}, PromptError, "label 2"),
+    "points of three numbers": ({**CLICK, "points": [[0.1, 0.1, 0.1]]}, PromptError, "shape"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_bad_prompts_are_refused_and_change_nothing(name: str) -> None:
+    options, error, message = BAD_PROMPTS[name]
+    video, state = start()
+    with pytest.raises(error, match=message):
+        video.add_prompt(state, **{"frame_idx": 0, **options})
+    assert state.obj_ids == [0, 1] and state.prompt is not None and state.prompt.text == "thing"
+
+
+def test_other_mistakes_are_refused() -> None:
+    video, state = start()
+    with pytest.raises(PromptError, match=r"no object 5 to remove; there are \[0, 1\]"):
+        video.remove_object(state, 5)
+    with pytest.raises(FrameRangeError, match="has no frame 99"):
+        next(video.propagate_in_video(state, 99))
+    with pytest.raises(PromptError, match="max_frame_num_to_track"):
+        next(video.propagate_in_video(state, 0, -1))
+    with pytest.raises(VideoInputError):
+        video.init_state("missing.mp4")
+    with pytest.raises(ValueError, match="edit_window"):
+        video.init_state(make_frames(2), edit_window=-1)
+    with pytest.raises(ValueError, match="enable_tracker=True"):
+        Sam3VideoInference(assemble_image_model(SMALL).eval())
+    with pytest.raises(ValueError, match="needs the detector"):
+        Sam3VideoInference(assemble_image_model(SMALL, enable_detector=False, enable_tracker=True).eval())
+    untrained = Sam3VideoInference(assemble_image_model(SMALL, enable_tracker=True).train())
+    with pytest.raises(RuntimeError, match="training mode"):
+        untrained.add_prompt(untrained.init_state(make_frames(1)), 0, text_str="x")
+
+
+def test_a_bounded_session_refuses_what_it_no_longer_keeps() -> None:
+    video, state = start(30, edit_window=4)
+    for _ in itertools.islice(video.propagate_in_video(state), 12):
+        pass
+    assert state.last_frame is not None
+    video.add_prompt(state, state.last_frame - 3, **CLICK)
+    with pytest.raises(EditRefusedError, match="edit_window=4"):
+        video.add_prompt(state, state.last_frame - 6, **CLICK)
+    with pytest.raises(EditRefusedError):
+        list(video.propagate_in_video(state, 0))
+
+
+def test_damaged_weights_are_noticed() -> None:
+    model = assemble_image_model(SMALL, enable_tracker=True).eval()
+    with torch.no_grad():
+        model.dot_prod_scoring.hs_proj.bias.fill_(float("nan"))
+    video = Sam3VideoInference(model, LOOSE)
+    with pytest.raises(ValueError, match="not finite"):
+        video.add_prompt(video.init_state(make_frames(1)), 0, text_str="x")
