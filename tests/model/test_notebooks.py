@@ -119,7 +119,7 @@ def test_the_video_notebook_on_the_demo_teacher(tmp_path) -> None:
     ious: dict[int, list[float]] = {1: [], 2: [], 3: []}
     for path in sorted((tmp_path / "results").glob("*/masks/*.png")):
         values, (_, truth) = np.array(Image.open(path)), clip.frame(int(path.stem))
-        for obj_id, name in ((1, "yellow cross"), (2, "white ellipse"), (3, "green rectangle")):
+        for obj_id, name in ((1, "yellow cross"), (2, "green rectangle"), (3, "white ellipse")):
             if obj_id == 3 and int(path.stem) < 34:
                 continue  # it is marked there
             (index,) = [i for i, moving in enumerate(clip.objects) if moving.shape.category == name]
