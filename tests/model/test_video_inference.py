@@ -350,6 +350,22 @@ def test_a_bounded_session_refuses_what_it_no_longer_keeps() -> None:
         list(video.propagate_in_video(state, 0))
 
 
+def test_a_session_without_a_window_goes_on_and_nowhere_else() -> None:
+    video, state = start(24, frame_idx=3, edit_window=0)
+    run_all(video, state, max_frame_num_to_track=8)
+    for first in (3, 10, 11):
+        with pytest.raises(EditRefusedError, match="at frame 11"):
+            next(video.propagate_in_video(state, first))
+    with pytest.raises(EditRefusedError):
+        video.add_prompt(state, 11, **CLICK)
+    assert list(run_all(video, state, start_frame_idx=12, max_frame_num_to_track=2)) == [12, 13, 14]
+    with pytest.raises(EditRefusedError):
+        next(video.propagate_in_video(state, 9, reverse=True))
+    assert list(run_all(video, state, reverse=True)) == [2, 1, 0]
+    with pytest.raises(EditRefusedError):
+        next(video.propagate_in_video(state, 15))
+
+
 def test_damaged_weights_are_noticed() -> None:
     model = assemble_image_model(SMALL, enable_tracker=True).eval()
     with torch.no_grad():

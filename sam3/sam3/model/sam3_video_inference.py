@@ -159,7 +159,7 @@ class Sam3VideoInference(Sam3VideoBase):
             state.boxes[frame_idx] = boxes
         result = self.process_frame(state, frame_idx)
         state.prune(frame_idx, reverse=False, is_again=True)
-        return frame_idx, self._emit(state, result)
+        return frame_idx, self._keep(state, result).outputs(state.scores, state.scores, state.size_hw)
 
     def _parse_boxes(self, state: VideoState, boxes_xywh: Any, labels: Any, is_relative: bool) -> Prompt:
         values = torch.as_tensor(to_array(boxes_xywh, "box")).clone()
@@ -189,7 +189,8 @@ class Sam3VideoInference(Sam3VideoBase):
         for touched in state.touched.values():
             touched.add(obj_id)
         state.num_edits += 1
-        state.prune(frame_idx if state.last_frame is None else state.last_frame, reverse=False, is_again=True)
+        if state.last_frame is None:
+            state.prune(frame_idx, reverse=False, is_again=True)
         if state.edit_window != 0:
             state.cache.put(result, state.scores)
         return result.outputs(state.scores, state.scores, state.size_hw)
@@ -310,8 +311,7 @@ class Sam3VideoInference(Sam3VideoBase):
         state.touched[reverse] -= touched
 
     def _track_all(self, state: VideoState, start: int, last: int | None, reverse: bool) -> Iterator[VideoSizeResult]:
-        if not (reverse and start == state.first_frame):
-            state.require_editable(start)
+        state.require_startable(start - 1 if reverse else start, reverse)
         buffer, fault = HotstartBuffer(self.config.hotstart_delay), None
         for frame_idx in _existing(state.frames, start, last, reverse):
             try:
@@ -330,7 +330,7 @@ class Sam3VideoInference(Sam3VideoBase):
     def _track_touched(
         self, state: VideoState, start: int, last: int | None, reverse: bool, touched: set[int]
     ) -> Iterator[VideoSizeResult]:
-        state.require_editable(start)
+        state.require_startable(start - 1 if reverse else start, reverse)
         for frame_idx in _existing(state.frames, start, last, reverse):
             fresh = self.propagate_groups(state, frame_idx, touched, reverse)
             state.prune(frame_idx, reverse)
@@ -349,16 +349,12 @@ class Sam3VideoInference(Sam3VideoBase):
             state.cache.put(enlarged, state.scores)
         return enlarged
 
-    def _emit(self, state: VideoState, result: FrameResult) -> dict[str, Any]:
-        return self._keep(state, result).outputs(state.scores, state.scores, state.size_hw)
-
 
 def _open_resource(resource: Any, loader: str | None, is_async: bool) -> FrameSource:
     is_picture = isinstance(resource, (str, Path)) and Path(resource).suffix.lower() in _PICTURE_SUFFIXES
     if is_picture and Path(resource).is_file():
         return ListFrames([open_image(Path(resource))], str(resource))
-    decoder = loader if loader in ("decord", "av") else None
-    return open_frames(resource, decoder=decoder, prefetch=8 if is_async else 0)
+    return open_frames(resource, decoder=loader if loader in ("decord", "av") else None, prefetch=8 if is_async else 0)
 
 
 def _require_frame(frames: FrameSource, frame_idx: int) -> None:

@@ -59,6 +59,10 @@ class VideoState:
     """The first frame that was processed; propagation backward starts before it."""
     last_frame: int | None = None
     """The frame that was processed last."""
+    oldest_whole: int | None = None
+    """The frame from which on everything is kept, in the direction of the last pass; None: all frames."""
+    is_reverse: bool = False
+    """The last pass went towards smaller indices."""
     was_propagated: bool = False
     touched: dict[bool, set[int]] = field(default_factory=lambda: {False: set(), True: set()})
     """Direction -> objects that were clicked since the last propagation in it."""
@@ -115,19 +119,38 @@ class VideoState:
                 touched.discard(obj_id)
 
     def require_editable(self, frame_idx: int) -> None:
-        """Check that a frame's records are all there.
+        """Check that a click on a frame, and tracking on from it, find all that they read.
 
         Raises:
-            EditRefusedError: If they may have been dropped.
+            EditRefusedError: If some of it was dropped.
         """
-        if self.edit_window is None or self.last_frame is None:
+        step = -1 if self.is_reverse else 1
+        if self.oldest_whole is not None and (frame_idx - self.oldest_whole) * step < 0:
+            self._refuse(frame_idx)
+
+    def require_startable(self, first: int, reverse: bool) -> None:
+        """Check that a propagation finds all that it reads.
+
+        Args:
+            first: The first frame that it computes.
+            reverse: Towards smaller indices.
+
+        Raises:
+            EditRefusedError: If some of it was dropped.
+        """
+        if self.oldest_whole is None:
             return
-        reached = abs(frame_idx - self.last_frame)
-        if reached > max(self.edit_window, 1):
-            raise EditRefusedError(
-                f"frame {frame_idx} is {reached} frames from the last one, {self.last_frame}, and this session keeps "
-                f"edit_window={self.edit_window}: open the video with a larger one, or None to keep everything"
-            )
+        if reverse == self.is_reverse:
+            self.require_editable(first)
+        elif not (reverse and self.first_frame is not None and first == self.first_frame - 1):
+            self._refuse(first)
+
+    def _refuse(self, frame_idx: int) -> None:
+        raise EditRefusedError(
+            f"frame {frame_idx}: what clicks on it and tracking from it read is no longer kept; the session is at "
+            f"frame {self.last_frame} and was opened with edit_window={self.edit_window}: open it with a larger one, or with "
+            "None to keep everything"
+        )
 
     def prune(self, frame_idx: int, reverse: bool, is_again: bool = False) -> None:
         """Drop what no frame after this one can read; see `sam3.model.memory_pruning`.
@@ -137,7 +160,7 @@ class VideoState:
             reverse: Where it goes on.
             is_again: The frame itself will be processed once more.
         """
-        self.last_frame = frame_idx
+        self.last_frame, self.is_reverse = frame_idx, reverse
         if self.first_frame is None:
             self.first_frame = frame_idx
         if self.edit_window is None:
@@ -145,6 +168,7 @@ class VideoState:
         window = self.edit_window
         step = -1 if reverse else 1
         oldest = frame_idx - step * (max(window - 1, 0) if window or is_again else -1)
+        self.oldest_whole = oldest
         fronts = [Front(oldest, reverse)]
         if not reverse and not self.frames.is_sequential and self.first_frame > 0:
             fronts.append(Front(self.first_frame - 1, reverse=True))
