@@ -83,6 +83,53 @@ def test_correcting_the_newest_frame_and_older_ones(predictor, frames):
     assert same(tracker.push(frames[8]), expected)
 
 
+def test_what_is_tracked_again_begins_with_the_frame_that_still_needs_it(predictor, frames):
+    """A correction of the newest frame is tracked at once, and so is no reason to go back later."""
+    tracker = StreamingTracker(predictor, memory_policy=RecentEdits(4))
+    tracker.add_points(1, **CLICK)
+    for frame in frames[:3]:
+        tracker.push(frame)
+    tracker.add_points(1, [[0.9, 0.9]], [0])
+    assert list(tracker.retrack()) == []
+    for frame in frames[3:12]:
+        tracker.push(frame)
+    tracker.add_points(1, frame_idx=9, **BOX)
+    again = tracker.retrack()
+    assert next(again).frame_idx == 9
+    again.close()  # broken off: the rest is still to be done
+    assert [result.frame_idx for result in tracker.retrack()] == [10, 11]
+    tracker.clear_prompts(1, 9)
+    for frame in frames[12:15]:
+        tracker.push(frame)
+    with pytest.raises(EditRefusedError, match="tracking cannot start on frame 9 again"):
+        next(tracker.retrack())
+    tracker.add_points(1, frame_idx=13, **BOX)
+    assert [result.frame_idx for result in tracker.retrack()] == [13, 14]
+
+
+def test_prompts_that_wait_can_be_taken_back_and_are_copies(predictor, frames):
+    tracker, plain = (StreamingTracker(predictor) for _ in range(2))
+    point, mask = np.array([[0.4, 0.5]]), np.eye(24, 32)
+    tracker.add_points(1, point, [1], frame_idx=np.int64(1))
+    tracker.add_mask(2, mask, frame_idx=1)
+    point[:], mask[:] = 0.9, 0
+    plain.add_points(1, [[0.4, 0.5]], [1], frame_idx=1)
+    plain.add_mask(2, np.eye(24, 32), frame_idx=1)
+    tracker.add_points(2, **CLICK, frame_idx=2)
+    tracker.add_points(3, **CLICK, frame_idx=2)
+    tracker.clear_prompts(2, 2)
+    tracker.remove_object(3)
+    for frame in frames[:4]:
+        found, expected = tracker.push(frame), plain.push(frame)
+        assert found.obj_ids == expected.obj_ids and torch.equal(found.masks, expected.masks)
+    tracker.add_points(1, **BOX, frame_idx=6)
+    tracker.remove_object(1)
+    results = [tracker.push(frame) for frame in frames[4:8]]
+    assert [result.obj_ids for result in results] == [[2]] * 4
+    with pytest.raises(PromptError, match="there is no object 3"):
+        tracker.remove_object(3)
+
+
 def test_objects_come_and_go(predictor, frames):
     tracker = StreamingTracker(Sam3TrackerPredictor(predictor.model, objects="independent"))
     empty = tracker.push(frames[0])
@@ -175,6 +222,7 @@ def test_a_waiting_prompt_that_fails_leaves_its_frame_to_be_tracked(predictor, f
     tracker.add_points(1, **CLICK)
     tracker.push(frames[0])
     tracker.add_mask(2, np.zeros((24, 32)), frame_idx=1)
+    tracker.add_points(3, frame_idx=1, **BOX)
     with pytest.raises(PromptError, match="the mask of object 2 is empty"):
         tracker.push(frames[1])
-    assert [result.frame_idx for result in tracker.retrack()] == [1]
+    assert [(result.frame_idx, result.obj_ids) for result in tracker.retrack()] == [(1, [1, 3])]

@@ -18,17 +18,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from sam3.image_input import ImageInputError, to_rgb_uint8
-from sam3.model.memory_policy import KeepEverything, RecentEdits, parse
+from sam3.model.memory_policy import EditRefusedError, KeepEverything, RecentEdits, parse
 from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
 from sam3.model.tracker_prompts import parse_mask, parse_points, require_object_id
 from sam3.model.tracker_state import TrackerState
-from sam3.sam.prompts import PromptError
+from sam3.sam.prompts import PromptError, to_array
 from sam3.video.frame_source import FrameSource, VideoInputError
 
 
@@ -132,7 +133,7 @@ class StreamingTracker:
         self._policy = policy
         self._frames = PushedFrames(num_kept)
         self._state: TrackerState | None = None
-        self._ahead: dict[int, list[Callable[[], Any]]] = {}
+        self._ahead: dict[int, list[tuple[int, Callable[[], Any]]]] = {}
         self._edited: int | None = None
 
     @property
@@ -186,8 +187,11 @@ class StreamingTracker:
         if box is not None and not clear_old_points:
             raise PromptError("a box replaces the points of its object on this frame: set clear_old_points=True")
         parse_points(points, labels, box, True, self.predictor.model.preprocess, self._size_hw())
+        # Copies: the caller may write into the arrays while the prompt waits.
+        points, labels, box = (None if x is None else to_array(x, "prompt").copy() for x in (points, labels, box))
         return self._prompt(
             frame_idx,
+            obj_id,
             lambda: self.predictor.add_new_points_or_box(
                 self.state, frame_idx, obj_id, points, labels, clear_old_points, box=box, need_output=False
             ),
@@ -209,50 +213,73 @@ class StreamingTracker:
         """
         frame_idx = self._resolve(frame_idx)
         require_object_id(obj_id)
-        parse_mask(mask)
+        mask = parse_mask(mask)[0, 0]
         return self._prompt(
-            frame_idx, lambda: self.predictor.add_new_mask(self.state, frame_idx, obj_id, mask, need_output=False)
+            frame_idx,
+            obj_id,
+            lambda: self.predictor.add_new_mask(self.state, frame_idx, obj_id, mask, need_output=False),
         )
 
     def clear_prompts(self, obj_id: int, frame_idx: int | None = None) -> None:
-        """Take back all prompts of an object on a frame; default: the frame pushed last.
+        """Take back all prompts of an object on a frame, also those that wait for it; default: the frame pushed last.
 
         Raises:
             PromptError: If there is no such object or frame, or the policy does not serve it any more.
         """
         frame_idx = self._resolve(frame_idx)
+        if self._forget_waiting(obj_id, [frame_idx]):
+            return
         self.predictor.clear_all_points_in_frame(self.state, frame_idx, obj_id, need_output=False)
         self._note_edit(frame_idx)
 
     def remove_object(self, obj_id: int) -> None:
-        """Forget an object; the others keep their results.
+        """Forget an object, also its prompts that wait; the others keep their results.
 
         Raises:
             PromptError: If there is no such object, or it cannot be removed exactly.
         """
+        is_known = self._state is not None and obj_id in self._state.obj_ids
+        if self._forget_waiting(obj_id, list(self._ahead)) and not is_known:
+            return
         self.predictor.remove_object(self.state, obj_id, strict=True, need_output=False)
 
     def _resolve(self, frame_idx: int | None) -> int:
         if frame_idx is None:
             return max(self.last_frame_idx, 0)
-        if isinstance(frame_idx, bool) or not isinstance(frame_idx, int) or frame_idx < 0:
+        if isinstance(frame_idx, bool) or not isinstance(frame_idx, Integral) or frame_idx < 0:
             raise PromptError(f"frame_idx must be an index of a frame, 0 or more, got {frame_idx!r}")
         if self._frames.num_frames is not None and frame_idx >= self._frames.num_frames:
             raise PromptError(f"frame_idx {frame_idx}: the stream ended after {self._frames.num_frames} frames")
-        return frame_idx
+        return int(frame_idx)
 
     def _size_hw(self) -> tuple[int, int]:
         """Of the frames; before the first one any size, relative coordinates are checked the same way."""
         side = self.predictor.model.config.image_size_px
         return self._frames.size_hw if self._frames.num_pushed else (side, side)
 
-    def _prompt(self, frame_idx: int, add: Callable[[], Any]) -> StreamResult | None:
+    def _prompt(self, frame_idx: int, obj_id: int, add: Callable[[], Any]) -> StreamResult | None:
         if frame_idx > self.last_frame_idx:
-            self._ahead.setdefault(frame_idx, []).append(add)
+            self._ahead.setdefault(frame_idx, []).append((obj_id, add))
             return None
         add()
         self._note_edit(frame_idx)
-        return self._track(frame_idx)
+        result = self._track(frame_idx)
+        if self._edited == self.last_frame_idx:
+            self._edited = None  # this frame was all there was to track again
+        return result
+
+    def _forget_waiting(self, obj_id: int, frames: Iterable[int]) -> bool:
+        """Drop prompts of an object that wait for some frames; whether there were any."""
+        found = False
+        for frame_idx in frames:
+            waiting = self._ahead.get(frame_idx, [])
+            kept = [(other, add) for other, add in waiting if other != obj_id]
+            found |= len(kept) < len(waiting)
+            if kept:
+                self._ahead[frame_idx] = kept
+            else:
+                self._ahead.pop(frame_idx, None)
+        return found
 
     def _note_edit(self, frame_idx: int) -> None:
         self._edited = frame_idx if self._edited is None else min(self._edited, frame_idx)
@@ -267,30 +294,39 @@ class StreamingTracker:
 
         Raises:
             VideoInputError: If it cannot be used; the stream goes on as if it had not been pushed.
-            PromptError: If a prompt that waited cannot be used on it; the frame was taken, `retrack` tracks it.
+            PromptError: If a prompt that waited cannot be used on it; the others were, and the frame was taken:
+                `retrack` tracks it.
         """
         frame_idx = self._frames.push(frame)
         if self._state is None:
             self._state = self.predictor.init_state(video_path=self._frames, memory_policy=self._policy)
-        try:
-            for add in self._ahead.pop(frame_idx, ()):
+        failure: PromptError | None = None
+        for _, add in self._ahead.pop(frame_idx, ()):
+            try:
                 add()
-        except PromptError:
+            except PromptError as error:
+                failure = failure or error
+        if failure is not None:
             self._note_edit(frame_idx)
-            raise
+            raise failure
         return self._track(frame_idx)
 
     def retrack(self) -> Iterator[StreamResult]:
         """Track again from the oldest frame that was edited to the newest; nothing if none was.
 
         Raises:
-            EditRefusedError: If the frames have left the policy's window since the edit.
+            EditRefusedError: If the frames have left the policy's window since the edit; the results of later frames
+                stay those without it.
         """
-        if self._edited is None:
-            return
-        start, self._edited = self._edited, None
-        for frame_idx in range(start, self.last_frame_idx + 1):
-            yield self._track(frame_idx)
+        while self._edited is not None:
+            frame_idx = self._edited
+            try:
+                result = self._track(frame_idx)
+            except EditRefusedError:
+                self._edited = None
+                raise
+            self._edited = frame_idx + 1 if frame_idx < self.last_frame_idx else None
+            yield result
 
     def run(self, frames: Iterable[Any]) -> Iterator[StreamResult]:
         """Push every frame of a source as it comes, then `finish`. Prompts may be given between the results."""
