@@ -148,8 +148,8 @@ class VideoState:
     def _refuse(self, frame_idx: int) -> None:
         raise EditRefusedError(
             f"frame {frame_idx}: what clicks on it and tracking from it read is no longer kept; the session is at "
-            f"frame {self.last_frame} and was opened with edit_window={self.edit_window}: open it with a larger one, or with "
-            "None to keep everything"
+            f"frame {self.last_frame} and was opened with edit_window={self.edit_window}: open it with a larger one, "
+            "or with None to keep everything"
         )
 
     def prune(self, frame_idx: int, reverse: bool, is_again: bool = False) -> None:
