@@ -123,6 +123,8 @@ def test_unknown_objects_are_refused(predictor, state) -> None:
         ({"video_height": 4, "video_width": 0}, "video_width must be a positive integer, got 0"),
         ({"video_height": 4, "video_width": 4, "num_frames": 0}, "num_frames must be a positive integer"),
         ({"video_path": make_frames(), "video_width": 61}, "the video's width is 60 pixels, video_width says 61"),
+        ({"video_path": make_frames(), "num_frames": 9}, "the video's length is 8, num_frames says 9: leave it out"),
+        ({"video_path": iter(make_frames()), "num_frames": 8}, "that only its end tells, num_frames says 8"),
         ({"video_path": 7}, "a video must be"),
         ({"video_path": "nowhere.mp4"}, "nowhere.mp4"),
     ],
@@ -130,6 +132,18 @@ def test_unknown_objects_are_refused(predictor, state) -> None:
 def test_bad_videos_are_refused(predictor, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         predictor.init_state(**arguments)
+
+
+def test_a_model_in_training_mode_is_refused(predictor, state) -> None:
+    predictor.model.train()
+    try:
+        for prompt in (lambda: click(predictor, state, 0, 1), lambda: predictor.add_new_mask(state, 0, 1, MASK)):
+            with pytest.raises(RuntimeError, match=r"training mode.*model.eval\(\)"):
+                prompt()
+        assert state.obj_ids == []
+    finally:
+        predictor.model.eval()
+    click(predictor, state, 0, 1)
 
 
 def test_bad_settings_are_refused(model) -> None:

@@ -26,7 +26,7 @@ from sam3.model.tracker_prompts import (
     require_count,
     require_frame,
     require_object_id,
-    require_same_size,
+    require_same_video,
 )
 from sam3.model.tracker_state import MemoryPolicy, ObjectGroup, PointPrompt, TrackerState, make_policy, require_state
 from sam3.sam.prompts import PromptError
@@ -135,7 +135,7 @@ class Sam3TrackerPredictor(TrackerEngine):
             from sam3.video.frame_source import open_frames
 
             source = open_frames(video_path, prefetch=2 if async_loading_frames else 0)
-            require_same_size(source.size_hw, (video_height, video_width))
+            require_same_video(source, video_height, video_width, num_frames)
             (video_height, video_width), num_frames = source.size_hw, source.num_frames
         hint = "; give height and width, or a video as video_path=..."
         size_hw = require_count(video_height, "video_height", hint), require_count(video_width, "video_width", hint)

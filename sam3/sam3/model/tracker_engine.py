@@ -70,8 +70,11 @@ class TrackerEngine:
 
         Raises:
             PromptError: If there is neither a video nor features of this frame.
+            RuntimeError: If the model is in training mode.
             VideoDecodeError: If the frame cannot be decoded.
         """
+        if self.model.training:
+            raise RuntimeError("the model is in training mode, in which its results are other ones: model.eval()")
         state.touch(frame_idx)
         weight = self.tracker.no_mem_embed
         if frame_idx in state.cached_features:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor
 from sam3.model.tracker_state import PointPrompt, TrackerState
 from sam3.preprocess import Preprocess
 from sam3.sam.prompts import PromptError, to_array
+
+if TYPE_CHECKING:
+    from sam3.video.frame_source import FrameSource
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +62,18 @@ def require_count(value: Any, name: str, remedy: str = "") -> int:
     return int(value)
 
 
-def require_same_size(size_hw: tuple[int, int], wanted_hw: tuple[int | None, int | None]) -> None:
-    """Check that a video has the size that was asked for, if one was.
+def require_same_video(source: FrameSource, height: int | None, width: int | None, num_frames: int | None) -> None:
+    """Check that a video has the size and the length that were asked for, if any were.
 
     Raises:
-        PromptError: If it has another.
+        PromptError: If it has others.
     """
-    for side, value, wanted in zip(("height", "width"), size_hw, wanted_hw, strict=True):
+    for side, value, wanted in (("height", source.size_hw[0], height), ("width", source.size_hw[1], width)):
         if wanted not in (None, value):
             raise PromptError(f"the video's {side} is {value} pixels, video_{side} says {wanted!r}: leave it out")
+    if num_frames not in (None, source.num_frames):
+        length = "a number of frames that only its end tells" if source.num_frames is None else source.num_frames
+        raise PromptError(f"the video's length is {length}, num_frames says {num_frames!r}: leave it out")
 
 
 def limit_points(prompt: PointPrompt, max_points: int) -> PointPrompt:
