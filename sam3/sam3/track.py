@@ -177,12 +177,15 @@ def _build_tracker(
 ) -> PromptedTracker | TextTracker:
     """Refuse before the first frame what no frame can repair."""
     from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
+    from sam3.video.prompts import are_prompted_together
     from sam3.video.tracking import PromptedTracker, RecentFrames, TextTracker
 
     if not model.has_tracker:
         raise CommandError(f"{args.checkpoint}: holds no tracker, which following objects needs")
     if args.text is None:
-        predictor = Sam3TrackerPredictor(model, memory_policy="no_late_edits")
+        predictor = Sam3TrackerPredictor(
+            model, objects="joint" if are_prompted_together(prompts) else "independent", memory_policy="no_late_edits"
+        )
         return PromptedTracker(predictor, RecentFrames(frames, 2), prompts, args.direction, args.max_frames)
 
     from sam3.model.sam3_video_inference import Sam3VideoInference

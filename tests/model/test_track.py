@@ -62,9 +62,9 @@ def run(checkpoint, tmp_path, capsys):
     return call
 
 
-def expected_masks(model, clip: Path, add, start: int, reverse: bool) -> dict[int, np.ndarray]:
+def expected_masks(model, clip: Path, add, start: int, reverse: bool, **settings) -> dict[int, np.ndarray]:
     """By frame, what the predictor gives for prompts: bool, (n, H, W)."""
-    predictor = Sam3TrackerPredictor(model)
+    predictor = Sam3TrackerPredictor(model, **settings)
     state = predictor.init_state(video_path=clip)
     add(predictor, state)
     results = predictor.propagate_in_video(state, start, reverse=reverse)
@@ -116,9 +116,10 @@ def test_several_objects_on_several_frames_from_json(run, clip, model, tmp_path)
         predictor.add_new_points_or_box(state, 0, 9, box=box)
         predictor.add_new_mask(state, 2, 2, mask)
 
-    expected = expected_masks(model, clip, add, 0, reverse=False)
+    expected = expected_masks(model, clip, add, 0, reverse=False, objects="independent")
     for frame in tracks["frames"]:
         np.testing.assert_array_equal(masks_of(frame, [9, 2]), expected[frame["frame"]])
+    assert expected[2][0].any(), "an object is followed through a frame that another one is prompted on"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tracks.json"]
 
 

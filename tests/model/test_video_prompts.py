@@ -12,7 +12,14 @@ from video_clips import frame_pixels
 
 from sam3.drawing import index_image
 from sam3.video.frame_source import ListFrames
-from sam3.video.prompts import ObjectPrompt, check_prompts, clip_box, read_mask_prompts, read_prompts
+from sam3.video.prompts import (
+    ObjectPrompt,
+    are_prompted_together,
+    check_prompts,
+    clip_box,
+    read_mask_prompts,
+    read_prompts,
+)
 
 
 @pytest.fixture
@@ -137,3 +144,11 @@ def test_prompts_are_compared_with_the_video() -> None:
         "c: box 70,1,90,9 lies outside the video (64 x 48 pixels)",
         "d: the mask has 48 x 64 pixels, the video 64 x 48 pixels",
     ]
+
+
+def test_objects_are_prompted_together_if_they_share_all_frames() -> None:
+    def together(*places: tuple[int, int]) -> bool:
+        return are_prompted_together([ObjectPrompt("", obj_id, frame_idx) for obj_id, frame_idx in places])
+
+    assert together((1, 0)) and together((1, 0), (1, 5)) and together((1, 3), (2, 3), (2, 0), (1, 0))
+    assert not together((1, 0), (2, 5)) and not together((1, 0), (2, 0), (1, 5))

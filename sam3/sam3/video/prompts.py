@@ -114,6 +114,16 @@ def check_prompts(prompts: Sequence[ObjectPrompt], frames: FrameSource) -> list[
     return problems
 
 
+def are_prompted_together(prompts: Sequence[ObjectPrompt]) -> bool:
+    """Whether each frame with a prompt has one for every object.
+
+    Objects that are tracked jointly share their prompted frames: one without a prompt there would count as absent.
+    """
+    obj_ids = {prompt.obj_id for prompt in prompts}
+    frames = {prompt.frame_idx for prompt in prompts}
+    return len({(prompt.obj_id, prompt.frame_idx) for prompt in prompts}) == len(obj_ids) * len(frames)
+
+
 def clip_box(prompt: ObjectPrompt, size_hw: tuple[int, int]) -> ObjectPrompt:
     """The prompt with its box cut at the video's edges, as a mouse that leaves the picture draws one over them."""
     if prompt.box_xyxy_px is None:
