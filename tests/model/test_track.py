@@ -78,7 +78,7 @@ def masks_of(frame: dict, ids: list[int]) -> np.ndarray:
 
 def test_clicks_are_followed_both_ways(run, clip, model, tmp_path) -> None:
     code, out, err, tracks = run(clip, "--point", "20,30", "--point", "50,10,0", "--frame", "4")
-    assert code == 0 and "frames: 9, " in out and "frame/s" in err
+    assert code == 0 and "frames: 9, " in out and " frames/s" in err
     assert (tracks["num_frames"], tracks["height"], tracks["stopped_by"]) == (9, HEIGHT, None)
 
     def add(predictor, state) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from sam3.model.sam3_video_inference import Sam3VideoInference
 
 DIRECTIONS = ("both", "forward", "backward")
+_BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+"""Frames per second also where it is less than one."""
 
 
 class Tracked(NamedTuple):
@@ -234,7 +236,7 @@ def track_video(
     run, begin = TrackRun(), time.perf_counter()
     stopped_by: str | None = "error"
     try:
-        with tqdm(total=tracker.num_steps, unit="frame", disable=not show_progress) as bar:
+        with tqdm(total=tracker.num_steps, unit=" frames", bar_format=_BAR, disable=not show_progress) as bar:
             for tracked in tracker(bar.update):
                 pixels, time_s = frames.frame(tracked.frame_idx), frames.time_s(tracked.frame_idx)
                 writer.add(TrackedFrame(tracked.frame_idx, time_s, pixels, *tracked[1:]))
