@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import types
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from sam3.video.frame_source import VideoInputError
 NUM_FRAMES = 22
 CLICK = {"points": [[0.4, 0.5]], "labels": [1]}
 BOX = {"box": [0.1, 0.2, 0.6, 0.7]}
+SELECTION = {"use_memory_selection": True, "mf_threshold": 0.4, "shared_iou_score": False}
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,46 @@ def test_an_endless_source_is_read_frame_by_frame(predictor, frames):
     assert len(tracker.state.features) <= 2 and tracker.state.num_frames is None
     with pytest.raises(VideoInputError, match="frame 39 of the stream is gone"):
         tracker.state.source.frame(39)
+
+
+def footprint(root, *outside):
+    """References and bytes of tensors that something holds, through whatever it holds, but for what is outside."""
+    seen, waiting = {id(thing) for thing in outside}, [root]
+    num_references, storages = 0, {}
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in seen or isinstance(thing, (type, types.ModuleType)):
+            continue
+        seen.add(id(thing))
+        if isinstance(thing, torch.Tensor):
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+            continue
+        if isinstance(thing, np.ndarray):
+            storages[id(thing)] = thing.nbytes
+        held = [thing.__closure__] if isinstance(thing, types.FunctionType) else gc.get_referents(thing)
+        num_references += len(held)
+        waiting += held
+    return num_references, sum(storages.values())
+
+
+@pytest.mark.parametrize(("policy", "settings"), [("no_late_edits", {}), ("recent_edits:3", SELECTION)])
+def test_whatever_a_stream_holds_does_not_grow(frames, policy, settings):
+    """With corrections, masks, and prompts that wait; everything is counted, not records alone."""
+    predictor = Sam3TrackerPredictor(small_model(**settings), objects="independent")
+    tracker = StreamingTracker(predictor, memory_policy=policy)
+    sizes = []
+    for t in range(120):
+        if t % 10 == 0:
+            tracker.add_points(1, frame_idx=t, **BOX)
+            tracker.add_mask(2, np.eye(24, 32) > 0, frame_idx=t)
+        result = tracker.push(frames[t % NUM_FRAMES])
+        if t % 10 == 5 and policy != "no_late_edits":
+            result = tracker.add_points(1, [[0.9, 0.9]], [0], clear_old_points=False)
+        if t % 10 == 9:
+            sizes.append(footprint(tracker, predictor, predictor.model, predictor.tracker))
+    assert result.obj_ids == [1, 2]
+    assert sizes[2] > sizes[0] and sizes[2][1] > 100_000  # it is counted
+    assert max(sizes[6:]) <= max(sizes[3:6])
 
 
 def test_two_streams_do_not_disturb_each_other(predictor, frames):
