@@ -19,7 +19,7 @@ SHOWN_KIND = "box"
 STRIP_FRAMES = 7
 TILE_WIDTH = 150
 ANIMATION_WIDTH = 250
-FRAMES_PER_SECOND = 24
+FRAMES_PER_SECOND = 12
 KIND_WORDS = {"mask": "mask", "box": "box", "click": "one click"}
 
 
@@ -77,9 +77,9 @@ def strip_frames(clip: EvalClip) -> list[int]:
 
 
 def animation(clip: EvalClip, masks: Sequence[np.ndarray]) -> bytes:
-    """Every second frame with each model's masks, side by side, as an animated WebP."""
+    """Every frame with each model's masks, side by side, as an animated WebP."""
     pictures = []
-    for t in range(0, len(clip.frames), 2):
+    for t in range(len(clip.frames)):
         tiles = [_with_masks(clip, found, t, ANIMATION_WIDTH) for found in masks]
         width, height = tiles[0].size
         picture = Image.new("RGB", (len(tiles) * (width + 6) - 6, height), (255, 255, 255))
@@ -87,7 +87,7 @@ def animation(clip: EvalClip, masks: Sequence[np.ndarray]) -> bytes:
             picture.paste(tile, (x * (width + 6), 0))
         pictures.append(picture)
     buffer = io.BytesIO()
-    duration = round(1000 * 2 / FRAMES_PER_SECOND)
+    duration = round(1000 / FRAMES_PER_SECOND)
     pictures[0].save(
         buffer, format="WEBP", save_all=True, append_images=pictures[1:], duration=duration, loop=0, quality=72
     )

@@ -50,4 +50,4 @@ def test_scores_and_pictures_of_two_models(monkeypatch: pytest.MonkeyPatch):
     last = tiles[:, -40:]
     assert np.abs(last[row : 2 * row] - last[2 * row : 3 * row]).max() > 60, "the student has lost both squares"
     film = Image.open(io.BytesIO(tracking.clips[0].animation_webp))
-    assert film.n_frames == 12 and film.width == 2 * 80 + 6, "small frames are not enlarged"
+    assert film.n_frames == 24 and film.width == 2 * 80 + 6, "small frames are not enlarged"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,12 @@ from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
 from sam3_train.video_metrics import ClipScore, mean_score, score_clip
 
 CLIP_FRAMES = 48
+FRAME_STEP = 2
+"""Every second frame is tracked, at 12 frames a second."""
 PROMPT_KINDS = ("mask", "box", "click")
 MIN_PROMPTED_SHARE = 0.01
 """Of the image: an object gets its prompt on the first frame that shows at least so much of it."""
-MIN_TRACKED_FRAMES = 8
+MIN_TRACKED_FRAMES = 4
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,12 @@ class EvalClip:
     """bool (T,)."""
     categories: tuple[str, ...]
 
+    def every(self, step: int) -> EvalClip:
+        """The clip at a lower frame rate."""
+        return dataclasses.replace(
+            self, frames=self.frames[::step], masks=self.masks[::step], annotated=self.annotated[::step]
+        )
+
     def first_frames(self) -> dict[int, int]:
         """The objects that can be tracked, by index, and the frame on which each gets its prompt."""
         areas = self.masks.mean(axis=(2, 3))
@@ -51,19 +60,20 @@ class EvalClip:
 
 
 def generate_test_clips(count: int, num_frames: int = CLIP_FRAMES, seed: int = 0) -> list[EvalClip]:
-    """The first ``count`` clips of the demo world's test split, before they are compressed."""
+    """The first ``count`` clips of the demo world's test split, before they are compressed, at 12 frames a second."""
     clips = []
     for index in range(count):
         clip = make_clip(seed, "test", index, num_frames)
         drawn = [clip.frame(t) for t in range(num_frames)]
         names = tuple(moving.shape.category for moving in clip.objects)
         masks = np.stack([masks for _, masks in drawn])
-        clips.append(EvalClip(f"test {index}", [i for i, _ in drawn], masks, np.ones(num_frames, bool), names))
+        whole = EvalClip(f"test {index}", [i for i, _ in drawn], masks, np.ones(num_frames, bool), names)
+        clips.append(whole.every(FRAME_STEP))
     return clips
 
 
 def read_clips(folder: Path, limit: int | None = None) -> list[EvalClip]:
-    """Clips that `demo_clips.write_clip` wrote below ``folder``, sorted by name."""
+    """Clips that `demo_clips.write_clip` wrote below ``folder``, sorted by name, at 12 frames a second."""
     clips = []
     for path in sorted(folder.glob("sav_*"))[:limit]:
         record = json.loads((path / f"{path.name}_manual.json").read_text())
@@ -73,7 +83,7 @@ def read_clips(folder: Path, limit: int | None = None) -> list[EvalClip]:
         for row, masklets in enumerate(record["masklet"]):
             masks[row * ANNOTATED_EVERY] = np.stack([decode_mask(one) for one in masklets])
             annotated[row * ANNOTATED_EVERY] = True
-        clips.append(EvalClip(path.name, frames, masks, annotated, tuple(record["category"])))
+        clips.append(EvalClip(path.name, frames, masks, annotated, tuple(record["category"])).every(FRAME_STEP))
     return clips
 
 

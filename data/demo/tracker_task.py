@@ -20,7 +20,9 @@ VIDEO_FRAMES = 16
 PROMPTING = ClipPrompting(num_prompted=(1, 2), num_corrected=(0, 1), clicks_per_frame=1, mask_share=0.4, box_share=0.3)
 LARGE_WEIGHTS = (".out_proj.weight", ".linear2.weight", ".encoder.norm.weight", ".encoder.norm.bias")
 LARGE_LR_SCALE = 6.0
-"""Coarse features are some 20 times as large as what layers give from normalised inputs."""
+"""Coarse features are some 30 times as large as what layers give from normalised inputs."""
+SMALL_LR_SCALE = 0.03
+"""For the weights that make them as small in the memory encoder."""
 FOCAL_WEIGHT, IOU_WEIGHT, OTHERS_SHARE = 20.0, 2.0, 0.5
 BALANCED_WEIGHT = 2.0
 
@@ -113,6 +115,8 @@ class TrackingTask(Task):
         """The SAM heads already know what they do; what is added to the large features must grow large."""
         if ".sam_" in name:
             return self.heads_lr_scale
+        if ".pix_feat_proj." in name:
+            return SMALL_LR_SCALE
         return LARGE_LR_SCALE if name.startswith("tracker.transformer.") and name.endswith(LARGE_WEIGHTS) else 1.0
 
     def _track(self, clips: ClipBatch, kind: str) -> Tensor:

@@ -42,16 +42,16 @@ def get_defaults() -> CfgNode:
     cfg.PRINT_FREQ = 25
     cfg.DATA = CfgNode({"BATCH_SIZE": 3, "TRAIN_CLIPS": 300, "VAL_CLIPS": 6, "KEPT_FRAMES": 12, "NUM_WORKERS": 1})
     cfg.MODEL = CfgNode({"PRETRAINED": str(WEIGHTS), "CONTINUE_TRACKER": ""})
-    cfg.CLIPS = CfgNode({"OBJECTS": 2, "LENGTHS": [4, 4, 6], "HINT_EPOCHS": 6.0, "HEADS_LR_SCALE": 0.5})
+    cfg.CLIPS = CfgNode({"OBJECTS": 2, "LENGTHS": [4, 4, 6], "HINT_EPOCHS": 5.0, "HEADS_LR_SCALE": 0.5})
     train = cfg.TRAIN
-    train.EPOCHS = 15
-    train.BASE_LR, train.MIN_LR, train.WARMUP_LR = 1.5e-3, 1e-5, 1e-5
+    train.EPOCHS = 9
+    train.BASE_LR, train.MIN_LR, train.WARMUP_LR = 1.2e-3, 1e-5, 1e-5
     train.WARMUP_EPOCHS = 0.3
     train.OPTIMIZER.BETAS = [0.9, 0.95]
     train.WEIGHT_DECAY = 0.01
     train.CLIP_GRAD = 1.0
-    train.EMA_DECAY = 0.998
-    train.SAVE_EVERY_MINUTES = 3.0
+    train.EMA_DECAY = 0.995
+    train.SAVE_EVERY_MINUTES = 2.0
     train.FIND_UNUSED_PARAMETERS = True  # which prompts a batch has decides which weights it reads
     return cfg
 
@@ -147,7 +147,7 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
             build_pool(folder, spec, model, data.NUM_WORKERS)
     barrier()
     train_set, val_set = (ClipPool(folder) for folder, _ in pools.values())
-    first = choose_clips(default_collate([train_set[i] for i in range(min(12, len(train_set)))]), 1, 2, shuffle=False)
+    first = choose_clips(default_collate([train_set[i] for i in range(min(40, len(train_set)))]), 1, 2, shuffle=False)
     init_for_tracking(model.tracker, first.features[0].coarse, first.coverage_tbhw[0], cfg.SEED)
     if cfg.MODEL.CONTINUE_TRACKER:
         model.tracker.load_state_dict(load_model(cfg.MODEL.CONTINUE_TRACKER, device="cpu").tracker.state_dict())

@@ -74,7 +74,7 @@ def test_cuts_start_with_objects_and_keep_clips_apart(batch: dict[str, Tensor]):
 
 def test_the_start_already_remembers_where_objects_were(model: Sam3Image, batch: dict[str, Tensor]):
     tracker = train_tiny_tracker.build_model(WEIGHTS, seed=0).tracker.eval()
-    clips = choose_clips(batch, 2, 2, shuffle=False)
+    clips = choose_clips(batch, 2, 3, shuffle=False)
     init_for_tracking(tracker, clips.features[0].coarse, clips.coverage_tbhw[0], seed=0)
     with torch.no_grad():
         result = forward_clip(tracker, clips.features, clips.coverage_tbhw, ClipPlan("mask", (0,)))
@@ -133,19 +133,20 @@ def test_tracked_frames_alone_are_scored(model: Sam3Image, batch: dict[str, Tens
 
 def test_evaluation_scores_perfect_and_standing_masks(tmp_path: Path):
     clip = generate_test_clips(1, num_frames=16)[0]
+    assert len(clip.frames) == 8
     prompted, found = stand_still(clip)
     assert prompted and all(score.region < 1 for score in score_objects(clip, prompted, found))
     assert all(score.j_and_f == 1 for score in score_objects(clip, prompted, clip.masks))
     write_clip(tmp_path, 0, "test", 0, 16, 92)
     stored = read_clips(tmp_path)[0]
     assert stored.categories == clip.categories
-    assert np.flatnonzero(stored.annotated).tolist() == [0, 4, 8, 12]
+    assert np.flatnonzero(stored.annotated).tolist() == [0, 2, 4, 6]
     assert np.array_equal(stored.masks[stored.annotated], clip.masks[stored.annotated])
     assert not stored.masks[~stored.annotated].any()
 
 
 def test_a_clip_is_tracked_from_the_frame_that_shows_an_object(model: Sam3Image):
-    clip = generate_test_clips(1, num_frames=12)[0]
+    clip = generate_test_clips(1, num_frames=20)[0]
     masks = clip.masks.copy()
     masks[:2, 0] = False
     late = EvalClip(clip.name, clip.frames, masks, clip.annotated, clip.categories)
@@ -159,7 +160,7 @@ def test_a_clip_is_tracked_from_the_frame_that_shows_an_object(model: Sam3Image)
 @pytest.fixture(scope="module")
 def short_clips() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tracker_eval.generate_test_clips.__defaults__", (10, 0))
+        patch.setattr("tracker_eval.generate_test_clips.__defaults__", (16, 0))
         yield
 
 
