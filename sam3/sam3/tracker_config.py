@@ -30,6 +30,11 @@ class MemoryAttentionConfig:
     position_scale: float = 0.1
     """Weight of the position code that is added to the features at the input."""
 
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_heads", "mlp_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"memory attention: {name} {getattr(self, name)} must be at least 1")
+
 
 MEMORY_FRAMES_PRESETS = (8, 12, 16)
 """Larger memories than the released 6 recent frames, for `TrackerConfig.memory_frames`."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from sam3.config import Sam3Config
 from sam3.model.memory_bank import FrameRecord, MemoryBank, attended_memories, attended_pointers, effective_iou
 from sam3.model.sam3_tracker import Sam3Tracker, TrackerFeatures
-from sam3.tracker_config import MEMORY_FRAMES_PRESETS, TrackerConfig
+from sam3.tracker_config import MEMORY_FRAMES_PRESETS, MemoryAttentionConfig, TrackerConfig
 
 TINY = Sam3Config.preset("tiny")
 GRID, DIM, MEM = TINY.grid_size, TINY.hidden_dim, TINY.tracker.mem_dim
@@ -177,6 +177,11 @@ def test_own_scores_select_own_frames(tracker: Sam3Tracker, features: TrackerFea
 def test_impossible_settings(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TINY.tracker.replace(**changes)
+
+
+def test_memory_attention_has_a_layer() -> None:
+    with pytest.raises(ValueError, match="memory attention: num_layers 0 must be at least 1"):
+        MemoryAttentionConfig(num_layers=0)
 
 
 def test_pointers_are_cut_into_whole_tokens() -> None:

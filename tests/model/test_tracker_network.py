@@ -184,6 +184,7 @@ def test_what_cannot_be_tracked() -> None:
         ({"point_inputs": CLICKS, "mask_inputs": mask}, "points or masks, not both"),
         ({"prev_sam_mask_logits": mask, "num_objects": 2}, "corrected by points, and there are none"),
         ({"mask_inputs": mask[0]}, r"mask_inputs has shape \(1, 288, 288\), expected \(B, 1, h, w\)"),
+        ({"mask_inputs": mask[..., :8]}, "mask_inputs are 288 x 8 pixels: resize them to 288, mask_prompt_size"),
         ({}, "num_objects is needed"),
         ({"num_objects": 2}, "frame 1: no memory to read; give a prompt on some frame first"),
     ):

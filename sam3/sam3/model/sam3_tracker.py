@@ -227,9 +227,15 @@ class Sam3Tracker(TrackerMemory):
         Args:
             features: Of the frame.
             masks: In 0..1, (B, 1, h, w).
+
+        Raises:
+            ValueError: If a mask is smaller than a patch of the trunk.
         """
         masks = masks.to(torch.float32)
         height, width = (s // self.stride_px * 4 for s in masks.shape[-2:])
+        if not height or not width:
+            size = f"{masks.shape[-2]} x {masks.shape[-1]}"
+            raise ValueError(f"mask_inputs are {size} pixels: resize them to {self.mask_prompt_size}, mask_prompt_size")
         low_res = resize(_mask_prompt_logits(masks), (height, width), antialias=True)
         prompt = self.mask_downsample(masks.to(self.no_mem_embed.dtype))
         multimask = self.settings.hugging_face_rules

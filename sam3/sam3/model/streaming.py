@@ -33,7 +33,7 @@ from sam3.sam.prompts import PromptError, to_array
 from sam3.video.frame_source import FrameSource, VideoInputError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StreamResult:
     """All objects on one frame."""
 
