@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from video_world import (
+    FAST,
     HEIGHT,
     SMALL,
     WIDTH,
@@ -29,7 +31,7 @@ from sam3.model.video_state import VideoState
 from sam3.model_builder import assemble_image_model
 from sam3.preprocess import Preprocess
 from sam3.sam.prompts import PromptError
-from sam3.video.frame_source import FrameRangeError, VideoInputError
+from sam3.video.frame_source import FrameRangeError, VideoDecodeError, VideoInputError
 
 LEFT, MIDDLE, RIGHT = (1, 6), (9, 14), (18, 23)
 LOOSE = VideoConfig(
@@ -137,6 +139,18 @@ def test_clicked_objects_have_no_probation_and_new_numbers_follow_them() -> None
     outputs = run_all(video, state)
     assert state.obj_ids == [0, 1, 7] and state.next_obj_id == 8
     assert outputs[7]["frame_stats"]["num_obj_tracked"] == 3
+
+
+def test_numpys_integers_are_ids_and_frames() -> None:
+    """Outputs hold them, and they come back in clicks."""
+    video, state = start()
+    obj_id = run_all(video, state)[3]["out_obj_ids"][1]
+    assert isinstance(obj_id, np.int64)
+    frame_idx, out = video.add_prompt(state, np.int64(3), **{**CLICK, "obj_id": obj_id})
+    assert frame_idx == 3 and type(frame_idx) is int and state.obj_ids == [0, 1] and out["frame_stats"] is None
+    assert list(run_all(video, state, start_frame_idx=np.int64(6), max_frame_num_to_track=np.int64(1))) == [6, 7]
+    video.remove_object(state, obj_id)
+    assert state.obj_ids == [0]
 
 
 def test_a_click_changes_its_group_alone() -> None:
@@ -261,6 +275,26 @@ def test_a_live_source_is_followed_to_its_end() -> None:
     assert_same_outputs(*outputs)
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), VideoDecodeError("the file is cut off", 6)])
+def test_what_waits_is_handed_out_before_a_run_ends_early(monkeypatch, stop: BaseException) -> None:
+    """Results on probation are done: Ctrl-C and a damaged file keep them."""
+    video = ScriptedVideo(SCRIPT, dataclasses.replace(FAST, hotstart_delay=15), tracks=fixed)
+    state = video.init_state(make_frames(9))
+    video.add_prompt(state, 0, text_str="thing")
+    original, found = video.process_frame, []
+
+    def process_frame(state: VideoState, frame_idx: int, reverse: bool = False) -> Any:
+        if frame_idx == 6:
+            raise stop
+        return original(state, frame_idx, reverse)
+
+    monkeypatch.setattr(video, "process_frame", process_frame)
+    with pytest.raises(type(stop)):
+        for frame_idx, out in video.propagate_in_video(state):
+            found.append((frame_idx, out["out_obj_ids"].tolist()))
+    assert found == [(t, [0, 1]) for t in range(6)]
+
+
 def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
     path = tmp_path / "one.png"
     Image.fromarray(make_frames(1)[0]).save(path)
@@ -321,12 +355,18 @@ def test_other_mistakes_are_refused() -> None:
     video, state = start()
     with pytest.raises(PromptError, match=r"no object 5 to remove; there are \[0, 1\]"):
         video.remove_object(state, 5)
+    with pytest.raises(PromptError, match="obj_id must be an integer"):
+        video.remove_object(state, [0])  # type: ignore[arg-type]
     with pytest.raises(FrameRangeError, match="has no frame 99"):
         next(video.propagate_in_video(state, 99))
     with pytest.raises(PromptError, match="max_frame_num_to_track"):
         next(video.propagate_in_video(state, 0, -1))
+    with pytest.raises(PromptError, match="max_frame_num_to_track must be an integer from 0 on, got 'all'"):
+        next(video.propagate_in_video(state, 0, "all"))  # type: ignore[arg-type]
     with pytest.raises(VideoInputError):
         video.init_state("missing.mp4")
+    with pytest.raises(ValueError, match=r"video_loader_type must be one of .* got 'opencv'"):
+        video.init_state(make_frames(2), video_loader_type="opencv")
     with pytest.raises(ValueError, match="edit_window"):
         video.init_state(make_frames(2), edit_window=-1)
     with pytest.raises(ValueError, match="enable_tracker=True"):

@@ -97,6 +97,7 @@ def test_closing_ends_a_stream_and_frees_the_video(predictor: Sam3VideoPredictor
 
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "no type": ({}, "key 'type'"),
+    "a list of types": ({"type": ["start_session"]}, "whose value is a word"),
     "an unknown type": ({"type": "track"}, "unknown request type 'track'; there are"),
     "no video": ({"type": "start_session"}, "lacks 'resource_path'"),
     "a session that is taken": (
@@ -105,6 +106,7 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no session": ({"type": "add_prompt", "frame_index": 0, "text": "x"}, "lacks 'session_id'"),
     "a session that is not there": ({"type": "reset_session", "session_id": "yours"}, "no session 'yours'"),
+    "a list of sessions": ({"type": "reset_session", "session_id": ["mine"]}, "no session"),
     "no frame": ({"type": "add_prompt", "session_id": "mine", "text": "x"}, "lacks 'frame_index'"),
     "no object": ({"type": "remove_object", "session_id": "mine"}, "lacks 'obj_id'"),
 }
@@ -122,10 +124,11 @@ def test_bad_streams_are_refused_at_once(predictor: Sam3VideoPredictor) -> None:
     session_id = open_session(predictor, 1)
     with pytest.raises(SessionError, match="unknown stream request"):
         predictor.handle_stream_request({"type": "add_prompt", "session_id": session_id})
-    with pytest.raises(SessionError, match="propagation_direction 'up'"):
-        predictor.handle_stream_request(
-            {"type": "propagate_in_video", "session_id": session_id, "propagation_direction": "up"}
-        )
+    for direction in ("up", ["both"]):
+        with pytest.raises(SessionError, match=r"propagation_direction .* is not one of"):
+            predictor.handle_stream_request(
+                {"type": "propagate_in_video", "session_id": session_id, "propagation_direction": direction}
+            )
 
 
 def test_the_builders_make_what_they_say() -> None:

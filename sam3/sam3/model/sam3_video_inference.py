@@ -7,6 +7,7 @@ shared.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,11 @@ from sam3.model.video_outputs import FrameResult, HotstartBuffer, VideoSizeResul
 from sam3.model.video_state import TextPrompt, VideoState
 from sam3.sam.prompts import PromptError, to_array
 from sam3.video.frame_source import FrameRangeError, FrameSource, ListFrames, VideoDecodeError, open_frames
+from sam3.video.video_file import DECODERS
 
 _UNKNOWN_LENGTH = 2**40
 """Frames of a live video, for rules that ask: above every index."""
+_RELEASED_LOADERS = ("cv2", "torchcodec")
 _POINT_LABELS = (0.0, 1.0)
 _PICTURE_SUFFIXES = set(IMAGE_SUFFIXES) - {".gif"}
 """A GIF is a video."""
@@ -136,7 +139,7 @@ class Sam3VideoInference(Sam3VideoBase):
             EditRefusedError: If the session no longer keeps what a click on the frame needs.
         """
         state = inference_state
-        _require_frame(state.frames, frame_idx)
+        frame_idx = _require_frame(state.frames, frame_idx)
         if points is not None or obj_id is not None:
             if text_str is not None or boxes_xywh is not None:
                 raise PromptError("a click cannot come with a text or a box: add them in calls of their own")
@@ -248,8 +251,8 @@ class Sam3VideoInference(Sam3VideoBase):
         Raises:
             PromptError: If there is no such object.
         """
-        if obj_id not in inference_state.scores:
-            raise PromptError(f"there is no object {obj_id!r} to remove; there are {inference_state.obj_ids}")
+        if (obj_id := _require_obj_id(obj_id)) not in inference_state.scores:
+            raise PromptError(f"there is no object {obj_id} to remove; there are {inference_state.obj_ids}")
         inference_state.discard_objects({obj_id})
         inference_state.num_edits += 1
 
@@ -289,8 +292,7 @@ class Sam3VideoInference(Sam3VideoBase):
         state = inference_state
         if state.first_frame is None:
             raise PromptError("nothing to propagate: add a prompt first")
-        start = state.first_frame if start_frame_idx is None else start_frame_idx
-        _require_frame(state.frames, start)
+        start = _require_frame(state.frames, state.first_frame if start_frame_idx is None else start_frame_idx)
         if state.num_frames is None and reverse:
             raise PromptError(f"{state.frames.name}: a live source cannot be followed backward")
         last = _last_frame(state.num_frames, start, max_frame_num_to_track, reverse)
@@ -312,11 +314,12 @@ class Sam3VideoInference(Sam3VideoBase):
 
     def _track_all(self, state: VideoState, start: int, last: int | None, reverse: bool) -> Iterator[VideoSizeResult]:
         state.require_startable(start - 1 if reverse else start, reverse)
-        buffer, fault = HotstartBuffer(self.config.hotstart_delay), None
+        buffer = HotstartBuffer(self.config.hotstart_delay)
+        fault: BaseException | None = None
         for frame_idx in _existing(state.frames, start, last, reverse):
             try:
                 result = self.process_frame(state, frame_idx, reverse)
-            except VideoDecodeError as error:  # raised when what was tracked is handed out
+            except (VideoDecodeError, KeyboardInterrupt) as error:  # raised when what was tracked is handed out
                 fault = error
                 break
             state.prune(frame_idx, reverse)
@@ -351,30 +354,38 @@ class Sam3VideoInference(Sam3VideoBase):
 
 
 def _open_resource(resource: Any, loader: str | None, is_async: bool) -> FrameSource:
+    if loader not in (None, *DECODERS, *_RELEASED_LOADERS):
+        raise ValueError(f"video_loader_type must be one of {(*DECODERS, *_RELEASED_LOADERS)} or None, got {loader!r}")
     is_picture = isinstance(resource, (str, Path)) and Path(resource).suffix.lower() in _PICTURE_SUFFIXES
     if is_picture and Path(resource).is_file():
         return ListFrames([open_image(Path(resource))], str(resource))
-    return open_frames(resource, decoder=loader if loader in ("decord", "av") else None, prefetch=8 if is_async else 0)
+    return open_frames(resource, decoder=loader if loader in DECODERS else None, prefetch=8 if is_async else 0)
 
 
-def _require_frame(frames: FrameSource, frame_idx: int) -> None:
-    if isinstance(frame_idx, bool) or not isinstance(frame_idx, int):
+def _require_frame(frames: FrameSource, frame_idx: Any) -> int:
+    if not _is_integer(frame_idx):
         raise PromptError(f"a frame index is an integer, got {frame_idx!r}")
     if not frames.has_frame(frame_idx):
         count = "an unknown number of" if frames.num_frames is None else str(frames.num_frames)
         raise FrameRangeError(f"{frames.name}: has no frame {frame_idx}; it has {count} frames, counted from 0")
+    return int(frame_idx)
 
 
 def _require_obj_id(obj_id: Any) -> int:
-    if isinstance(obj_id, bool) or not isinstance(obj_id, int) or obj_id < 0:
-        raise PromptError(f"a click needs obj_id, an integer from 0 on, got {obj_id!r}")
-    return obj_id
+    if not _is_integer(obj_id) or obj_id < 0:
+        raise PromptError(f"obj_id must be an integer from 0 on, got {obj_id!r}")
+    return int(obj_id)
+
+
+def _is_integer(value: Any) -> bool:
+    """Also numpy's, which outputs have."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _last_frame(num_frames: int | None, start: int, max_frames: int | None, reverse: bool) -> int | None:
     """The last frame of a propagation; None for the unknown end of a live source."""
-    if max_frames is not None and max_frames < 0:
-        raise PromptError(f"max_frame_num_to_track must not be negative, got {max_frames}")
+    if max_frames is not None and (not _is_integer(max_frames) or max_frames < 0):
+        raise PromptError(f"max_frame_num_to_track must be an integer from 0 on, got {max_frames!r}")
     if reverse:
         return 0 if max_frames is None else max(start - max_frames, 0)
     end = None if num_frames is None else num_frames - 1

@@ -87,7 +87,7 @@ class Sam3VideoPredictor:
             raise SessionError(f"unknown stream request type {_kind(request)!r}; there is 'propagate_in_video'")
         session = self._find(request)
         direction = request.get("propagation_direction") or "both"
-        if direction not in _DIRECTIONS:
+        if not isinstance(direction, str) or direction not in _DIRECTIONS:
             raise SessionError(f"propagation_direction {direction!r} is not one of {sorted(_DIRECTIONS)}")
         return self._propagate(
             session, _DIRECTIONS[direction], request.get("start_frame_index"), request.get("max_frame_num_to_track")
@@ -181,7 +181,7 @@ class Sam3VideoPredictor:
                 yield {"frame_index": frame[0], "outputs": frame[1]}
 
     def _find(self, request: Mapping[str, Any]) -> _Session:
-        session_id = _require(request, "session_id")
+        session_id = str(_require(request, "session_id"))
         with self._lock:
             session = self._sessions.get(session_id)
             known = list(self._sessions)
@@ -191,8 +191,8 @@ class Sam3VideoPredictor:
 
 
 def _kind(request: Mapping[str, Any]) -> str:
-    if not isinstance(request, Mapping) or "type" not in request:
-        raise SessionError("a request is a dict with the key 'type'")
+    if not isinstance(request, Mapping) or not isinstance(request.get("type"), str):
+        raise SessionError("a request is a dict with the key 'type', whose value is a word")
     return request["type"]
 
 
