@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from tracking_parts import MASK, click, make_frames, make_model
 
 from sam3.model.sam3_image import Sam3Image
@@ -132,6 +133,18 @@ def test_unknown_objects_are_refused(predictor, state) -> None:
 def test_bad_videos_are_refused(predictor, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         predictor.init_state(**arguments)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_features_of_other_shapes_are_refused(predictor, batch: int) -> None:
+    """Maps that were not narrowed, and features of several frames, which would pass for features of several objects."""
+    features = predictor.model.tracker_features(torch.zeros(batch, 3, 112, 112))
+    if batch == 1:
+        features = features._replace(fine=torch.zeros(1, 64, 32, 32))
+    state = predictor.init_state(40, 60, 8, cached_features={0: features})
+    with pytest.raises(ValueError, match=r"cached_features has maps .*, expected \[\(1, 8, 32, 32\), "):
+        click(predictor, state, 0, 1)
+    assert state.obj_ids == []
 
 
 def test_a_model_in_training_mode_is_refused(predictor, state) -> None:

@@ -304,11 +304,20 @@ def _join(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _to_features(value: Any, weight: Tensor) -> TrackerFeatures:
-    """Features that were handed in, where and as the weights are."""
+    """Features that were handed in, where and as the weights are.
+
+    Raises:
+        PromptError: If they have not the shapes that `TrackerFeatures` says.
+    """
     if isinstance(value, TrackerFeatures):
         maps: Sequence[Tensor] = value
     else:
         _, backbone_out = value
         maps = backbone_out.get("tracker_backbone_out", backbone_out)["backbone_fpn"]
     fine, middle, coarse = (m.to(weight.device, weight.dtype) for m in maps[:3])
+    dim, height, width = weight.shape[-1], coarse.shape[-2], coarse.shape[-1]
+    expected = [(1, dim // share, s * height, s * width) for share, s in ((8, 4), (4, 2), (1, 1))]
+    shapes = [tuple(m.shape) for m in (fine, middle, coarse)]
+    if shapes != expected:
+        raise PromptError(f"cached_features has maps {shapes}, expected {expected}: take model.tracker_features(image)")
     return TrackerFeatures(fine, middle, coarse)
