@@ -104,6 +104,7 @@ def test_sources_that_cannot_be_used(tmp_path) -> None:
         (iter(["a.png"]), "the live source: frame 0: an image must be"),
         (np.zeros((48, 64, 3), np.uint8), r"an array of frames must be \(T, H, W, 3\)"),
         (7, "a video must be a video file, a folder of pictures, .* got int"),
+        ("", "the video's name is empty"),
     ):
         with pytest.raises(VideoInputError, match=message):
             open_frames(source)

@@ -224,6 +224,8 @@ def _open_plainly(source: Any, decoder: str | None) -> FrameSource:
         return source
     if isinstance(source, (str, Path)):
         path = Path(source)
+        if source == "":
+            raise VideoInputError("the video's name is empty")
         if path.is_dir():
             return FolderFrames(path)
         if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file() and path.suffix.lower() != ".gif":
