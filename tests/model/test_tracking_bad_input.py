@@ -147,8 +147,9 @@ def test_features_of_other_shapes_are_refused(predictor, batch: int) -> None:
     assert state.obj_ids == []
 
 
-def test_a_model_in_training_mode_is_refused(predictor, state) -> None:
-    predictor.model.train()
+@pytest.mark.parametrize("part", ["model", "tracker"])
+def test_a_model_in_training_mode_is_refused(predictor, state, part: str) -> None:
+    getattr(predictor, part).train()
     try:
         for prompt in (lambda: click(predictor, state, 0, 1), lambda: predictor.add_new_mask(state, 0, 1, MASK)):
             with pytest.raises(RuntimeError, match=r"training mode.*model.eval\(\)"):

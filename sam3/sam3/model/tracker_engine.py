@@ -73,7 +73,7 @@ class TrackerEngine:
             RuntimeError: If the model is in training mode.
             VideoDecodeError: If the frame cannot be decoded.
         """
-        if self.model.training:
+        if self.model.training or self.tracker.training:
             raise RuntimeError("the model is in training mode, in which its results are other ones: model.eval()")
         state.touch(frame_idx)
         weight = self.tracker.no_mem_embed
