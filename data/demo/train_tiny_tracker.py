@@ -198,7 +198,8 @@ def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
     provenance = {**metadata.get("provenance", {}), "tracker_epoch": state["epoch"], "tracker_step": state["step"]}
     metadata = {**metadata, "model": model.config.to_dict(), "provenance": provenance}
     partial = args.weights.with_name(f".{args.weights.name}.partial")
-    write_merged(partial, released_state_dict(model), metadata, dtype=torch.float16)
+    weights = {name: value for name, value in released_state_dict(model).items() if not value.is_complex()}
+    write_merged(partial, weights, metadata, dtype=torch.float16)  # without rotary tables, which are computed
     shipped = load_model(partial, device="cpu")
     scenes = generate_test_scenes(args.test_scenes)
     miou = evaluate_promptable(shipped, scenes)

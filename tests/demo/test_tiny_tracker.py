@@ -13,7 +13,16 @@ import train_tiny_tracker
 from clip_pool import ClipPool, ClipPoolSpec, build_pool, choose_clips, draw_clip
 from demo_clips import write_clip
 from torch import Tensor
-from tracker_eval import EvalClip, generate_test_clips, read_clips, score_objects, stand_still, track_clip
+from tracker_eval import (
+    PROMPT_KINDS,
+    EvalClip,
+    evaluate_tracking,
+    generate_test_clips,
+    read_clips,
+    score_objects,
+    stand_still,
+    track_clip,
+)
 from tracker_init import init_for_tracking
 from tracker_task import TrackingTask, judged_answers, tracked_ious
 
@@ -205,3 +214,14 @@ def test_heads_that_were_hurt_are_not_written(
 def test_without_a_run_there_is_nothing_to_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert train_tiny_tracker.main(["--device", "cpu", "--output", str(tmp_path / "none"), "--export-only"]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
+
+
+def test_shipped_tracker_reaches_its_recorded_quality():
+    record = json.loads(train_tiny_tracker.WEIGHTS.with_suffix(".json").read_text())["tracker"]
+    assert WEIGHTS.stat().st_size < 8_000_000
+    shipped = sam3.load_model(WEIGHTS, device="cpu")
+    clips = generate_test_clips(train_tiny_tracker.FIRST_CLIPS)
+    found = evaluate_tracking(shipped, clips, ("mask",))["mask"]["j_and_f"]
+    assert found == pytest.approx(record["scores_first_clips"]["mask"]["j_and_f"], abs=0.03)
+    still = record["scores"]["stand_still"]["j_and_f"]
+    assert all(record["scores"][kind]["j_and_f"] > still + 0.2 for kind in PROMPT_KINDS)
