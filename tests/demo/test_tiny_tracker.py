@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -167,13 +166,6 @@ def test_a_clip_is_tracked_from_the_frame_that_shows_an_object(model: Sam3Image)
 
 
 @pytest.fixture(scope="module")
-def short_clips() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tracker_eval.generate_test_clips.__defaults__", (16, 0))
-        yield
-
-
-@pytest.fixture(scope="module")
 def run_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     settings = ["DATA.TRAIN_CLIPS", "4", "DATA.VAL_CLIPS", "1", "DATA.KEPT_FRAMES", "3", "DATA.NUM_WORKERS", "0"]
     settings += ["TRAIN.EPOCHS", "1", "CLIPS.LENGTHS", "[2, 3]"]
@@ -181,7 +173,10 @@ def run_arguments(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return ["--device", "cpu", "--batch-size", "2", "--output", str(output), "--test-clips", "1", "--opts", *settings]
 
 
-def test_the_command_line_trains_exports_and_records(tmp_path: Path, run_arguments: list[str], short_clips: None):
+def test_the_command_line_trains_exports_and_records(
+    tmp_path: Path, run_arguments: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tracker_eval.generate_test_clips.__defaults__", (16, 0))
     weights = tmp_path / "tiny.safetensors"
     assert train_tiny_tracker.main(["--weights", str(weights), "--test-scenes", "1", *run_arguments]) == 0
     record = json.loads(weights.with_suffix(".json").read_text())
