@@ -200,7 +200,7 @@ def test_heads_that_were_hurt_are_not_written(
 ):
     monkeypatch.setattr("demo_eval.evaluate_promptable", lambda *args: {"box": 0.5})
     weights = tmp_path / "tiny.safetensors"
-    arguments = ["--weights", str(weights), "--export-only", "--test-scenes", "6", *run_arguments]
+    arguments = ["--weights", str(weights), "--test-scenes", "6", *run_arguments]
     assert train_tiny_tracker.main(arguments) == 2
     assert "boxes score 0.500 on held-out scenes, less than 0.8" in capsys.readouterr().err
     assert not weights.exists()

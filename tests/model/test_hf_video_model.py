@@ -187,7 +187,8 @@ def test_same_masks_scores_and_pointers(
                 score = float(expected.obj_id_to_tracker_score[obj_id])
                 assert ours.priorities[obj_id] == pytest.approx(score, abs=1e-4)
             compared += 1
-    assert compared >= (8 if hotstart_delay else count * NUM_FRAMES)
+    # How soon an object is found superfluous is a matter of rounding.
+    assert compared >= (hotstart_delay or count * NUM_FRAMES)
     assert (state.next_obj_id > len(living)) == bool(hotstart_delay)  # some came and ended
     assert set(session.obj_ids) == living
     for obj_id in living:
