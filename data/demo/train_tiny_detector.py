@@ -96,8 +96,9 @@ def build_model(pretrained: Path, seed: int) -> Any:
     trained = load_model(pretrained, device="cpu")
     if trained.config.trunk != config.trunk or trained.config.student is not None:
         raise UserError(f"--pretrained {pretrained}: holds {trained.config.name!r}, not the tiny teacher")
-    kept = {name: value for name, value in trained.state_dict().items() if name.startswith(PROMPTABLE_PARTS)}
-    model.load_state_dict(model.state_dict() | kept)
+    own = model.state_dict()  # without the tracker's memory, which the file may hold
+    kept = {k: value for k, value in trained.state_dict().items() if k in own and k.startswith(PROMPTABLE_PARTS)}
+    model.load_state_dict(own | kept)
     return model
 
 
