@@ -14,16 +14,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from train_tiny_names import WEIGHTS as NAMED
-from train_tiny_teacher import FIRST_SCENES, TRAINING_NOTE, build_parser, newest_checkpoint, note_training
+from train_tiny_teacher import FIRST_SCENES, TRAINING_NOTE, build_parser, load_tiny, newest_checkpoint, run_recipe
 from yacs.config import CfgNode
 
-from sam3_train.config import apply_flags, load_config, training_defaults
-from sam3_train.errors import UserError, run_cli
+from sam3_train.config import training_defaults
+from sam3_train.errors import run_cli
 from sam3_train.run_record import package_versions
 
 SCRIPT = "data/demo/train_tiny_detector.py"
@@ -58,51 +57,32 @@ def get_defaults() -> CfgNode:
 
 
 def _main(argv: list[str] | None) -> int:
-    args = build_parser(__doc__).parse_args(argv)
-    cfg = load_config(get_defaults(), args.cfg, args.opts or [])
-    apply_flags(cfg, args)
-    pretrained = Path(cfg.MODEL.PRETRAINED)
-    # torch is imported only once the flags are right.
-    from sam3_train.distributed import training_run
-
-    with training_run(args.device) as run:
-        if not args.export_only:
-            started = time.time()
-            _train(cfg, run, args, pretrained)
-            if run.is_main and not args.dry_run:
-                note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, SCRIPT, time.time() - started, run)
-        if run.is_main and not args.dry_run:
-            _export(cfg, args, pretrained)
-    return 0
+    return run_recipe(build_parser(__doc__).parse_args(argv), get_defaults(), SCRIPT, _train, _export)
 
 
 def build_model(pretrained: Path, seed: int) -> Any:
-    """The whole tiny model: trunk and SAM heads from a file, the detector fresh."""
-    from sam3 import load_model
+    """The whole tiny model: trunk, SAM heads and tracker, if there is one, from a file, the detector fresh."""
     from sam3.config import Sam3Config
     from sam3.model_builder import build_sam3_image_model
     from sam3_train.rng import seed_everything
 
+    trained = load_tiny(pretrained, "--pretrained")
     seed_everything(seed)
-    config = Sam3Config.preset("tiny")
     model = build_sam3_image_model(
         load_from_HF=False,
         device="cpu",
         eval_mode=False,
         enable_inst_interactivity=True,
         enable_detector=True,
-        config=config,
+        enable_tracker=trained.has_tracker,
+        config=Sam3Config.preset("tiny"),
     )
-    trained = load_model(pretrained, device="cpu")
-    if trained.config.trunk != config.trunk or trained.config.student is not None:
-        raise UserError(f"--pretrained {pretrained}: holds {trained.config.name!r}, not the tiny teacher")
-    own = model.state_dict()  # without the tracker's memory, which the file may hold
-    kept = {k: value for k, value in trained.state_dict().items() if k in own and k.startswith(PROMPTABLE_PARTS)}
-    model.load_state_dict(own | kept)
+    kept = {name: value for name, value in trained.state_dict().items() if name.startswith(PROMPTABLE_PARTS)}
+    model.load_state_dict(model.state_dict() | kept)
     return model
 
 
-def _train(cfg: CfgNode, run: Any, args: argparse.Namespace, pretrained: Path) -> None:
+def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
     from teacher_data import build_pools
     from teacher_detector import DetectorTask, init_for_training
     from torch.utils.data import ConcatDataset, DataLoader
@@ -110,7 +90,7 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace, pretrained: Path) -
     from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler
     from sam3_train.loop import fit
 
-    model = build_model(pretrained, cfg.SEED)
+    model = build_model(Path(cfg.MODEL.PRETRAINED), cfg.SEED)
     output = Path(cfg.OUTPUT)
     init_for_training(model, cfg.SEED)
     num_scenes = cfg.DATA.LINEUPS + cfg.DATA.SCENES
@@ -137,7 +117,7 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace, pretrained: Path) -
     )
 
 
-def _export(cfg: CfgNode, args: argparse.Namespace, pretrained: Path) -> None:
+def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
     """Write the whole teacher with the newest detector, and measure it on held-out scenes."""
     import torch
     from demo_eval import generate_test_scenes
@@ -151,6 +131,7 @@ def _export(cfg: CfgNode, args: argparse.Namespace, pretrained: Path) -> None:
 
     path = newest_checkpoint(cfg)
     state = load_checkpoint(path)
+    pretrained = Path(cfg.MODEL.PRETRAINED)
     model = build_model(pretrained, cfg.SEED)
     DetectorTask(model).load_saved_state(state.get("ema") or state["model"], str(path))
     metadata = read_state_dict(pretrained)[1]

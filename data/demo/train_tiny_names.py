@@ -15,23 +15,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from train_tiny_teacher import (
     PROMPTABLE,
-    TRAINING_NOTE,
     build_parser,
     build_promptable_model,
+    load_tiny,
     newest_checkpoint,
-    note_training,
     promptable_record,
+    run_recipe,
 )
 from yacs.config import CfgNode
 
-from sam3_train.config import apply_flags, load_config, training_defaults
-from sam3_train.errors import UserError, run_cli
+from sam3_train.config import training_defaults
+from sam3_train.errors import run_cli
 
 SCRIPT = "data/demo/train_tiny_names.py"
 OUTPUT = Path("output/demo/teacher_names")
@@ -66,21 +65,7 @@ def get_defaults() -> CfgNode:
 def _main(argv: list[str] | None) -> int:
     parser = build_parser(__doc__)
     parser.set_defaults(weights=WEIGHTS)
-    args = parser.parse_args(argv)
-    cfg = load_config(get_defaults(), args.cfg, args.opts or [])
-    apply_flags(cfg, args)
-    # torch is imported only once the flags are right.
-    from sam3_train.distributed import training_run
-
-    with training_run(args.device) as run:
-        if not args.export_only:
-            started = time.time()
-            _train(cfg, run, args)
-            if run.is_main and not args.dry_run:
-                note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, SCRIPT, time.time() - started, run)
-        if run.is_main and not args.dry_run:
-            _export(cfg, args)
-    return 0
+    return run_recipe(parser.parse_args(argv), get_defaults(), SCRIPT, _train, _export)
 
 
 def load_promptable(path: Path) -> Any:
@@ -89,15 +74,10 @@ def load_promptable(path: Path) -> Any:
     Raises:
         UserError: If the file holds another model.
     """
-    from sam3 import load_model
     from sam3.config import Sam3Config
 
-    config = Sam3Config.preset("tiny")
-    trained = load_model(path, device="cpu")
-    if trained.config.trunk != config.trunk or trained.config.student is not None:
-        raise UserError(f"MODEL.PRETRAINED {path}: holds {trained.config.name!r}, not the tiny teacher")
-    model = build_promptable_model(config)
-    values = trained.state_dict()
+    model = build_promptable_model(Sam3Config.preset("tiny"))
+    values = load_tiny(path, "MODEL.PRETRAINED").state_dict()
     model.load_state_dict({name: values[name] for name in model.state_dict()})
     return model
 

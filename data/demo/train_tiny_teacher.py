@@ -19,6 +19,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +74,23 @@ def build_parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     return parser
 
 
-def _main(argv: list[str] | None) -> int:
-    parser = build_parser()
-    parser.set_defaults(weights=PROMPTABLE)
-    args = parser.parse_args(argv)
-    cfg = load_config(get_defaults(), args.cfg, args.opts or [])
+def run_recipe(
+    args: argparse.Namespace,
+    defaults: CfgNode,
+    script: str,
+    train: Callable[[CfgNode, Any, argparse.Namespace], None],
+    export: Callable[[CfgNode, argparse.Namespace], None],
+) -> int:
+    """Train and export one part of the tiny teacher; returns the exit code.
+
+    Args:
+        args: From `build_parser`.
+        defaults: The part's settings, before ``--cfg`` and flags.
+        script: The part's own file, for the record.
+        train: Called with the settings, the run and the flags, unless only an export is wanted.
+        export: Called on the main process afterwards.
+    """
+    cfg = load_config(defaults, args.cfg, args.opts or [])
     apply_flags(cfg, args)
     # torch is imported only once the flags are right.
     from sam3_train.distributed import training_run
@@ -85,12 +98,18 @@ def _main(argv: list[str] | None) -> int:
     with training_run(args.device) as run:
         if not args.export_only:
             started = time.time()
-            _train(cfg, run, args)
+            train(cfg, run, args)
             if run.is_main and not args.dry_run:
-                note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, SCRIPT, time.time() - started, run)
+                note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, script, time.time() - started, run)
         if run.is_main and not args.dry_run:
-            _export(cfg, args)
+            export(cfg, args)
     return 0
+
+
+def _main(argv: list[str] | None) -> int:
+    parser = build_parser()
+    parser.set_defaults(weights=PROMPTABLE)
+    return run_recipe(parser.parse_args(argv), get_defaults(), SCRIPT, _train, _export)
 
 
 def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
@@ -155,6 +174,21 @@ def build_promptable_model(config: Any) -> Any:
         enable_detector=False,
         config=config,
     )
+
+
+def load_tiny(path: Path, setting: str) -> Any:
+    """A tiny teacher from a file, in eval mode on the CPU, with whatever parts it has.
+
+    Raises:
+        UserError: If the file holds another model; ``setting`` is where its name came from.
+    """
+    from sam3 import load_model
+    from sam3.config import Sam3Config
+
+    trained = load_model(path, device="cpu")
+    if trained.config.trunk != Sam3Config.preset("tiny").trunk or trained.config.student is not None:
+        raise UserError(f"{setting} {path}: holds {trained.config.name!r}, not the tiny teacher")
+    return trained
 
 
 def newest_checkpoint(cfg: CfgNode) -> Path:

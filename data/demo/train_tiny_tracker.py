@@ -16,14 +16,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from train_tiny_teacher import FIRST_SCENES, TRAINING_NOTE, WEIGHTS, build_parser, newest_checkpoint, note_training
+from train_tiny_teacher import (
+    FIRST_SCENES,
+    TRAINING_NOTE,
+    WEIGHTS,
+    build_parser,
+    load_tiny,
+    newest_checkpoint,
+    run_recipe,
+)
 from yacs.config import CfgNode
 
-from sam3_train.config import apply_flags, load_config, training_defaults
+from sam3_train.config import training_defaults
 from sam3_train.errors import UserError, run_cli
 from sam3_train.run_record import package_versions
 
@@ -59,21 +66,7 @@ def get_defaults() -> CfgNode:
 def _main(argv: list[str] | None) -> int:
     parser = build_parser(__doc__)
     parser.add_argument("--test-clips", type=int, default=12, metavar="N", help="held-out clips in the record")
-    args = parser.parse_args(argv)
-    cfg = load_config(get_defaults(), args.cfg, args.opts or [])
-    apply_flags(cfg, args)
-    # torch is imported only once the flags are right.
-    from sam3_train.distributed import training_run
-
-    with training_run(args.device) as run:
-        if not args.export_only:
-            started = time.time()
-            _train(cfg, run, args)
-            if run.is_main and not args.dry_run:
-                note_training(Path(cfg.OUTPUT) / TRAINING_NOTE, SCRIPT, time.time() - started, run)
-        if run.is_main and not args.dry_run:
-            _export(cfg, args)
-    return 0
+    return run_recipe(parser.parse_args(argv), get_defaults(), SCRIPT, _train, _export)
 
 
 def build_model(path: Path, seed: int) -> Any:
@@ -82,15 +75,11 @@ def build_model(path: Path, seed: int) -> Any:
     Raises:
         UserError: If the file does not hold the tiny teacher with SAM heads.
     """
-    from sam3 import load_model
     from sam3.config import Sam3Config
     from sam3.model_builder import build_sam3_image_model
     from sam3_train.rng import seed_everything
 
-    trained = load_model(path, device="cpu")
-    config = Sam3Config.preset("tiny")
-    if trained.config.trunk != config.trunk or trained.config.student is not None:
-        raise UserError(f"MODEL.PRETRAINED {path}: holds {trained.config.name!r}, not the tiny teacher")
+    trained = load_tiny(path, "MODEL.PRETRAINED")
     if trained.inst_interactive_predictor is None:
         raise UserError(f"MODEL.PRETRAINED {path}: holds no SAM heads, on which a tracker builds")
     seed_everything(seed)
@@ -99,7 +88,7 @@ def build_model(path: Path, seed: int) -> Any:
         device="cpu",
         enable_tracker=True,
         enable_detector=trained.has_detector,
-        config=config,
+        config=Sam3Config.preset("tiny"),
         preprocess=trained.preprocess,
     )
     memory = memory_names(model)
