@@ -17,8 +17,7 @@ from PIL import Image
 
 from sam3_train.data.sa1b import load_sa1b_annotation
 from sam3_train.errors import UserError
-from stage1.merge import build_trained_student
-from stage1.student_checkpoint import read_student
+from sam3_train.student_checkpoint import build_trained_student, read_student
 
 MAX_CHECKPOINTS = 12
 

@@ -1,44 +1,41 @@
 """From a training checkpoint and SAM 3's weights to one proven file.
 
 The splice itself is `sam3.checkpoint_merge.merge_student`. Here: what to read, what to fold, what to write down about
-the result, and the proof. SAM 3's weights are memory-mapped and streamed to the new file.
+the result, and its proof (`sam3_train.merged_proof`). SAM 3's weights are memory-mapped and streamed to the new file.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from sam3.checkpoint_io import CheckpointError, read_state_dict, sha256_file, write_merged
-from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX, student_from_published, student_to_published
+from sam3.checkpoint_io import read_state_dict, sha256_file, write_merged
+from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX, student_to_published
 from sam3.checkpoint_merge import MergeError, MergeReport, merge_student, require_representable, shapes_of, with_dot
 from sam3.config import Sam3Config
-from sam3.loading import load_model
-from sam3.model.sam3_image import Sam3Image
-from sam3.model.student_encoder import StudentEncoder, build_student, fuse_for_inference
+from sam3.model.student_encoder import build_student, fuse_for_inference
 from sam3.model_builder import build_trunk
 from sam3.released_names import load_trunk, released_layout
 from sam3_train.checkpoint import state_dict_sha256
 from sam3_train.config import package_versions
 from sam3_train.errors import UserError
-from stage1.student_checkpoint import StudentCheckpoint, read_student
+from sam3_train.merged_proof import (
+    MergedProof,
+    ProvenStudent,
+    as_stored,
+    file_problems,
+    prove,
+    usage_lines,
+    written_aside,
+)
+from sam3_train.student_checkpoint import StudentCheckpoint, build_trained_student, read_student
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SUFFIXES = (".pt", ".pth", ".safetensors")
-TOLERANCE = 1e-4
-"""Largest difference of trunk outputs, over the largest output, that rounding explains."""
-TOLERANCE_FUSED = 1e-3
-"""The same between a student and its folded form, both in float32."""
-TOLERANCE_FASTER = 5e-3
-"""The same between the predictor's fast form of the trunk and the trunk, after the neck."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +60,7 @@ class MergeResult:
 
     output: Path
     report: MergeReport
-    num_bytes: int
-    trunk_error: float
-    """Largest difference between deployed and training-time trunk output, over the largest output."""
-    rounding_error: float
-    """The same against the student before its weights were rounded to ``--dtype``."""
+    proof: MergedProof
     teacher_note: str
     """Whether the student learned from this teacher, in one line."""
 
@@ -76,16 +69,8 @@ class MergeResult:
         return [
             *self.report.lines(),
             self.teacher_note,
-            f"checked: the loaded file's trunk gives the student's features (relative error {self.trunk_error:.1e}"
-            f"; {self.rounding_error:.1e} before rounding to --dtype)",
-            f"wrote {self.output} ({self.num_bytes / 1e6:.1f} MB). Use it:",
-            "",
-            "    import numpy as np, sam3",
-            "    from PIL import Image",
-            f"    model = sam3.load_model({str(self.output)!r})",
-            "    predictor = model.inst_interactive_predictor",
-            '    predictor.set_image(Image.open("photo.jpg"))',
-            "    masks, ious, _ = predictor.predict(box=np.array([100, 150, 420, 380]), multimask_output=False)",
+            self.proof.line(),
+            *usage_lines(self.output),
         ]
 
 
@@ -99,6 +84,12 @@ def merge_files(request: MergeRequest) -> MergeResult:
     """
     _check_request(request)
     checkpoint = read_student(request.student_path, request.use_ema)
+    if checkpoint.other_weights:
+        raise UserError(
+            f"--student-ckpt {request.student_path} trained more than the student, such as "
+            f"{next(iter(checkpoint.other_weights))}: merge its student first, as it was before the fine-tuning, then "
+            "put this checkpoint into the merged file with stage1_geometry_finetune/convert_geometry_finetune.py"
+        )
     trained = build_trained_student(checkpoint)
     folded = fuse_for_inference(trained) if request.fuse else trained
     model = checkpoint.model.replace(student=folded.student)
@@ -113,62 +104,24 @@ def merge_files(request: MergeRequest) -> MergeResult:
         require_representable(merged, dtype)
     except MergeError as error:
         raise UserError(str(error)) from None
-    # The final suffix stays, because it decides the format.
-    aside = request.output.with_name(f".{request.output.stem}.{os.getpid()}.unproven{request.output.suffix}")
-    try:
+    with written_aside(request.output) as aside:
         write_merged(aside, merged, _metadata(request, checkpoint, model, teacher_trunk), dtype)
-        trunk_error, rounding_error = prove(aside, checkpoint, trained, folded, dtype, request)
-        os.replace(aside, request.output)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {request.output}: {error}; free some space or choose another --output"
-        ) from error
-    finally:
-        aside.unlink(missing_ok=True)
-    num_bytes = request.output.stat().st_size
-    return MergeResult(request.output, report, num_bytes, trunk_error, rounding_error, teacher_note)
+        stored = as_stored(folded, dict.fromkeys(folded.state_dict(), dtype))
+        student = ProvenStudent(trained, folded, stored, checkpoint.preprocess)
+        proof = prove(aside, student, request.output, request.image)
+    return MergeResult(request.output, report, proof, teacher_note)
 
 
 def _check_request(request: MergeRequest) -> None:
-    problems = []
-    if request.output.suffix not in SUFFIXES:
-        problems.append(f"--output {request.output}: the name must end in one of {', '.join(SUFFIXES)}")
-    if request.output.is_dir():
-        problems.append(f"--output {request.output} is a folder; name a file in it")
-    for flag, path in (("--student-ckpt", request.student_path), ("--sam3-ckpt", request.sam3_path)):
-        if not path.is_file():
-            problems.append(f"{flag}: there is no file {path}")
-        elif request.output.exists() and path.samefile(request.output):
-            problems.append(f"--output {request.output} is the {flag} itself; choose another name")
+    inputs = {"--student-ckpt": request.student_path, "--sam3-ckpt": request.sam3_path}
+    problems = file_problems(request.output, inputs, request.image)
     if with_dot(request.target_prefix).removeprefix("module.") != STUDENT_PREFIX:
         problems.append(
             f"--target-prefix {request.target_prefix!r}: sam3.load_model looks for a student under {STUDENT_PREFIX!r} "
             "alone, so that the merged file could not be loaded; leave the flag out"
         )
-    if request.image is not None and not request.image.is_file():
-        problems.append(f"--image: there is no file {request.image}")
     if problems:
         raise UserError.from_problems("nothing was merged", problems)
-
-
-def build_trained_student(checkpoint: StudentCheckpoint) -> StudentEncoder:
-    """The student as it was in training, in eval mode on the CPU.
-
-    Raises:
-        UserError: If the weights are not those of the described student.
-    """
-    assert checkpoint.model.student is not None
-    student = build_student(checkpoint.model).eval()
-    expected = shapes_of(student_to_published(student.state_dict(), checkpoint.model.student.backbone))
-    found = shapes_of(checkpoint.weights)
-    if expected != found:
-        differing = sorted(expected.items() ^ found.items())
-        raise UserError(
-            f"{checkpoint.path}: the weights are not those of {checkpoint.model.student.backbone}: "
-            f"{len(found)} keys, expected {len(expected)}; first difference {differing[0][0]}"
-        )
-    student.load_state_dict(student_from_published(checkpoint.weights, checkpoint.model.student.backbone))
-    return student.requires_grad_(False)
 
 
 def splice(
@@ -197,7 +150,7 @@ def splice(
 
 
 def trunk_sha256(released: Mapping[str, Tensor], model: Sam3Config, request: MergeRequest) -> str:
-    """Hash of the teacher trunk in the SAM 3 file: what `stage1.teacher.Teacher.sha256` gives for that file.
+    """Hash of the teacher trunk in the SAM 3 file: what `sam3_train.teacher.Teacher.sha256` gives for that file.
 
     Args:
         released: The SAM 3 weights in the released layout.
@@ -269,103 +222,3 @@ def _metadata(
             "versions": package_versions(("efficientsam3", "torch", "timm")),
         },
     }
-
-
-@torch.no_grad()
-def prove(
-    path: Path,
-    checkpoint: StudentCheckpoint,
-    trained: StudentEncoder,
-    folded: StudentEncoder,
-    dtype: torch.dtype,
-    request: MergeRequest,
-) -> tuple[float, float]:
-    """Load a merged file as a user would and compare it with the student as it was in training.
-
-    Args:
-        path: The merged file.
-        checkpoint: Where the student came from; its preprocessing has to be the deployed one.
-        trained: The student.
-        folded: The student in the form that went into the file: folded, or the same object.
-        dtype: What the weights were stored in: the comparison rounds the weights alike, so that its tolerance need
-            only cover the rounding of the arithmetic.
-        request: Names the files in messages.
-
-    Returns:
-        Largest difference of the trunk outputs over the largest output: from the student with its weights rounded as in
-        the file, and from the student as it was trained.
-
-    Raises:
-        UserError: If the outputs differ by more than rounding explains, or masks are not finite.
-    """
-    try:
-        deployed = load_model(path, device="cpu", dtype=torch.float32)
-    except CheckpointError as error:
-        raise UserError(
-            f"the merged file does not load: {str(error).replace(str(path), str(request.output))}"
-        ) from None
-    image = _proof_image(request.image)
-    checkpoint.preprocess.require_equal(deployed.preprocess, "the training checkpoint", "the merged model")
-    pixels = deployed.preprocess(image)[None]
-    output = deployed.backbone.vision_backbone.trunk(pixels)[-1]
-    expected = trained(pixels)
-    difference = _relative_difference(output, _rounded(folded, dtype)(pixels))
-    folding = _relative_difference(folded(pixels), expected) if request.fuse else 0.0
-    if not (difference <= TOLERANCE and folding <= TOLERANCE_FUSED):
-        raise UserError(
-            f"{request.output} was not written: its trunk differs from the trained student by {difference:.1e} of "
-            f"its largest output (limit {TOLERANCE:.0e}), folding alone by {folding:.1e} (limit {TOLERANCE_FUSED:.0e})"
-        )
-    _require_same_embedding(deployed, pixels, output, request.output)
-    _require_masks(deployed, image)
-    return difference, _relative_difference(output, expected)
-
-
-def _require_same_embedding(model: Sam3Image, pixels: Tensor, trunk_output: Tensor, output: Path) -> None:
-    """The predictor runs the trunk in a faster form; what its heads read must be the same within `TOLERANCE_FASTER`."""
-    maps = model.backbone.vision_backbone.neck(trunk_output, need_detector=False)[2]
-    assert maps is not None, "load_model builds the second neck"
-    expected = model.heads.image_features({"backbone_fpn": maps}).embedding
-    difference = _relative_difference(model.image_features(pixels).embedding, expected)
-    if not difference <= TOLERANCE_FASTER:
-        raise UserError(
-            f"{output} was not written: the predictor's image embedding differs from the trunk's by {difference:.1e} "
-            f"of its largest value (limit {TOLERANCE_FASTER:.0e})"
-        )
-
-
-def _relative_difference(output: Tensor, expected: Tensor) -> float:
-    return float((output - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-
-
-def _rounded(student: StudentEncoder, dtype: torch.dtype) -> StudentEncoder:
-    if dtype == torch.float32:
-        return student
-    rounded = build_student_like(student)
-    state = {k: v.to(dtype).float() if v.is_floating_point() else v for k, v in student.state_dict().items()}
-    rounded.load_state_dict(state)
-    return rounded
-
-
-def build_student_like(student: StudentEncoder) -> StudentEncoder:
-    """Another student of the same description, in eval mode."""
-    return StudentEncoder(student.student, student.image_size_px, student.embed_dim, student.grid_size).eval()
-
-
-def _require_masks(model: Sam3Image, image: Image.Image) -> None:
-    width, height = image.size
-    predictor = model.inst_interactive_predictor
-    assert predictor is not None, "load_model builds the heads"
-    predictor.set_image(image)
-    box = np.array([width // 4, height // 4, 3 * width // 4, 3 * height // 4])
-    masks, ious, logits = predictor.predict(box=box, multimask_output=False)
-    if masks.shape[-2:] != (height, width) or not np.isfinite(logits).all() or not np.isfinite(ious).all():
-        raise UserError("the merged model gives no finite mask for a box: are the SAM 3 weights whole?")
-
-
-def _proof_image(path: Path | None) -> Image.Image:
-    if path is not None:
-        return Image.open(path).convert("RGB")
-    generator = np.random.default_rng(0)
-    coarse = Image.fromarray(generator.integers(0, 256, (12, 16, 3), dtype=np.uint8))
-    return coarse.resize((640, 480), Image.Resampling.BICUBIC)

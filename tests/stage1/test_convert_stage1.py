@@ -21,11 +21,10 @@ from sam3.model_builder import build_sam3_trunk
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import load_checkpoint, save_checkpoint
 from sam3_train.errors import UserError
+from sam3_train.student_checkpoint import build_trained_student, read_student
+from sam3_train.teacher import Teacher
 from stage1.convert_stage1_weights import main
-from stage1.merge import build_trained_student
 from stage1.model import Stage1Task
-from stage1.student_checkpoint import read_student
-from stage1.teacher import Teacher
 from stage1.train_stage1 import main as train
 
 
@@ -280,7 +279,7 @@ def test_a_failed_proof_keeps_the_old_file(world, run, tmp_path, capfd, monkeypa
     """D-08: if the deployed trunk gives anything else, the file does not appear and an older one stays."""
     output = tmp_path / "m.pt"
     output.write_bytes(b"older")
-    import stage1.merge
+    import sam3_train.merged_proof
 
     def load_another(path, **kwargs):
         model = sam3.load_model(path, **kwargs)
@@ -288,7 +287,7 @@ def test_a_failed_proof_keeps_the_old_file(world, run, tmp_path, capfd, monkeypa
             model.backbone.vision_backbone.trunk.model.head[3].bias.add_(1.0)
         return model
 
-    monkeypatch.setattr(stage1.merge, "load_model", load_another)
+    monkeypatch.setattr(sam3_train.merged_proof, "load_model", load_another)
     assert convert(run / "best.pth", world.teacher, output) == 2
     assert "its trunk differs from the trained student" in capfd.readouterr().err
     assert output.read_bytes() == b"older"
@@ -322,7 +321,7 @@ def test_a_checkpoint_that_lacks_a_part_says_which(run, tmp_path, field, named):
     state = load_checkpoint(run / "best.pth")
     del state[field]
     torch.save(state, tmp_path / "part.pth")
-    with pytest.raises(UserError, match=rf"part\.pth: not a training checkpoint of stage 1: it lacks {named} \("):
+    with pytest.raises(UserError, match=rf"part\.pth: not a training checkpoint of a student: it lacks {named} \("):
         read_student(tmp_path / "part.pth")
 
 
@@ -339,7 +338,7 @@ def test_a_merged_file_is_no_input(world, run, tmp_path, capfd):
     merged = tmp_path / "merged.pt"
     assert convert(run / "best.pth", world.teacher, merged) == 0
     assert convert(merged, world.teacher, tmp_path / "m.pt") == 2
-    assert "not a training checkpoint of stage 1" in capfd.readouterr().err
+    assert "not a training checkpoint of a student" in capfd.readouterr().err
     assert convert(run / "best.pth", merged, tmp_path / "m.pt") == 2
     assert "already holds a student" in capfd.readouterr().err
     teacher = make_random_teacher(tmp_path / "teacher.safetensors")

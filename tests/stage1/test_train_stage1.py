@@ -15,7 +15,7 @@ from sam3.model.student_encoder import build_student
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import CheckpointManager, load_checkpoint
 from sam3_train.log import read_metrics
-from stage1.student_checkpoint import read_student
+from sam3_train.student_checkpoint import read_student
 from stage1.train_stage1 import main
 
 

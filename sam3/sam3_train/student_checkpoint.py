@@ -1,14 +1,18 @@
-"""Read the student out of a training checkpoint."""
+"""The student of a training checkpoint: read, described, built."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from sam3.checkpoint_keys import DETECTOR_PREFIX, TRACKER_PREFIX, student_from_published, student_to_published
+from sam3.checkpoint_merge import shapes_of
 from sam3.config import Sam3Config
+from sam3.model.student_encoder import StudentEncoder, build_student
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import load_checkpoint
 from sam3_train.errors import UserError
@@ -24,7 +28,9 @@ class StudentCheckpoint:
     model: Sam3Config
     preprocess: Preprocess
     weights: dict[str, Tensor]
-    """Published names (``backbone.model.*``, ``head.*``)."""
+    """The student's, under published names (``backbone.model.*``, ``head.*``)."""
+    other_weights: dict[str, Tensor]
+    """What else was trained, under released names (``detector.*``, ``tracker.*``)."""
     is_ema: bool
     epoch: int
     step: int
@@ -32,11 +38,13 @@ class StudentCheckpoint:
     """Of the last validation before the checkpoint."""
     config: dict[str, Any]
     teacher_sha256: str | None
-    """Hash of the trunk that the student learned from (`stage1.teacher.Teacher.sha256`); None if not recorded."""
+    """Hash of the trunk that the student learned from (`sam3_train.teacher.Teacher.sha256`); None if not recorded."""
+    initial_student_sha256: str | None
+    """Hash of the student's weights that a fine-tuning began with; None for a checkpoint of stage 1."""
 
 
 def read_student(path: Path, use_ema: bool | None = None) -> StudentCheckpoint:
-    """Read a checkpoint of ``train_stage1.py``; nothing in the file can run code.
+    """Read a checkpoint of a stage that trains students; nothing in the file can run code.
 
     Args:
         path: ``ckpt_epoch_N.pth``, ``best.pth`` or a step checkpoint.
@@ -58,19 +66,29 @@ def read_student(path: Path, use_ema: bool | None = None) -> StudentCheckpoint:
         raise UserError(f"{path}: it holds no averaged weights (TRAIN.EMA_DECAY was 0); leave --use-ema out")
     is_ema = "ema" in state if use_ema is None else use_ema
     config = state["config"]
+    weights, other_weights = _split(state["ema" if is_ema else "model"])
     return StudentCheckpoint(
         path=path,
         name=config["MODEL"]["NAME"] or model.student.backbone,
         model=model,
         preprocess=preprocess,
-        weights=dict(state["ema" if is_ema else "model"]),
+        weights=weights,
+        other_weights=other_weights,
         is_ema=is_ema,
         epoch=state["epoch"],
         step=state["step"],
         metrics=dict(state["metrics"]),
         config=config,
         teacher_sha256=_teacher_sha256(identity),
+        initial_student_sha256=identity.get("initial_student_sha256"),
     )
+
+
+def _split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The student's weights and the others."""
+    released = (DETECTOR_PREFIX, TRACKER_PREFIX)
+    student = {key: value for key, value in weights.items() if not key.startswith(released)}
+    return student, {key: value for key, value in weights.items() if key not in student}
 
 
 def _teacher_sha256(identity: dict[str, Any]) -> str | None:
@@ -90,6 +108,26 @@ def _require_fields(state: dict[str, Any], path: Path) -> None:
         missing.append("config.MODEL.NAME")
     if missing:
         raise UserError(
-            f"{path}: not a training checkpoint of stage 1: it lacks {', '.join(missing)} (it has "
-            f"{sorted(map(str, state))[:6]}); give a ckpt_epoch_N.pth or best.pth of train_stage1.py"
+            f"{path}: not a training checkpoint of a student: it lacks {', '.join(missing)} (it has "
+            f"{sorted(map(str, state))[:6]}); give a ckpt_epoch_N.pth or best.pth of a training run"
         )
+
+
+def build_trained_student(checkpoint: StudentCheckpoint) -> StudentEncoder:
+    """The student as it was in training, in eval mode on the CPU.
+
+    Raises:
+        UserError: If the weights are not those of the described student.
+    """
+    assert checkpoint.model.student is not None
+    student = build_student(checkpoint.model).eval()
+    expected = shapes_of(student_to_published(student.state_dict(), checkpoint.model.student.backbone))
+    found = shapes_of(checkpoint.weights)
+    if expected != found:
+        differing = sorted(expected.items() ^ found.items())
+        raise UserError(
+            f"{checkpoint.path}: the weights are not those of {checkpoint.model.student.backbone}: "
+            f"{len(found)} keys, expected {len(expected)}; first difference {differing[0][0]}"
+        )
+    student.load_state_dict(student_from_published(checkpoint.weights, checkpoint.model.student.backbone))
+    return student.requires_grad_(False)
