@@ -22,9 +22,9 @@ from PIL import Image
 from sam3.image_input import to_rgb_uint8
 from sam3.preprocess import Preprocess
 from sam3_train.data.decode import decode_image
+from sam3_train.data.distillation_dataset import DistillationDataset
+from sam3_train.data.distillation_loader import build_loader
 from sam3_train.data.image_index import build_image_index
-from stage1.data.build import build_loader
-from stage1.data.sa1b_dataset import Stage1Dataset
 
 SIZE_WH = (2250, 1500)
 GRID_SIZE = 72
@@ -94,7 +94,7 @@ def bench_loader(photo: bytes, preprocess: Preprocess, num_workers: int, num_ima
         for number in range(num_images):
             (Path(folder) / f"{number:05d}.jpg").write_bytes(photo)
         index = build_image_index(folder, "folder", "train", val_fraction=0.0)
-        dataset = Stage1Dataset(index, preprocess, "online", GRID_SIZE)
+        dataset = DistillationDataset(index, preprocess, "online", GRID_SIZE)
         order = list(range(2 * batch_size * max(1, num_workers))) + list(range(num_images))
         loader = build_loader(dataset, [i % num_images for i in order], batch_size, num_workers=num_workers)
         batches = iter(loader)

@@ -35,11 +35,11 @@ from sam3.model_builder import build_sam3_trunk
 from sam3.preprocess import Preprocess
 from sam3_train.data.augmentation import seed_of_key
 from sam3_train.data.bad_images import BadImageLog
+from sam3_train.data.distillation_loader import build_loader
 from sam3_train.embeddings import EmbeddingWriter, StoreSpec, begin_export, plan_rank
 from sam3_train.stop_signal import StopSignal
-from stage1.data.build import build_loader
+from sam3_train.teacher import Teacher
 from stage1.export import export_batches
-from stage1.teacher import Teacher
 
 Row = dict[str, Any]
 TINY = Sam3Config.preset("tiny")

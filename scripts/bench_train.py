@@ -29,6 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from sam3.config import Sam3Config, StudentConfig
 from sam3.model.student_encoder import build_student
 from sam3.preprocess import Preprocess
+from sam3_train.data.distillation_dataset import DistillationDataset
+from sam3_train.data.distillation_loader import build_loader, image_index_from_config
 from sam3_train.data.samplers import ResumableDistributedSampler
 from sam3_train.distributed import RunContext
 from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreSpec, begin_export
@@ -37,10 +39,9 @@ from sam3_train.loop import fit
 from sam3_train.optim import build_optimizer, parameter_groups
 from sam3_train.precision import autocast, pick_dtype
 from sam3_train.task import to_device
+from sam3_train.teacher import stored_features
 from stage1.config import get_defaults
-from stage1.data.build import build_loader, image_index_from_config
-from stage1.data.sa1b_dataset import Stage1Dataset
-from stage1.model import Stage1Task, stored_features
+from stage1.model import Stage1Task
 
 Row = dict[str, Any]
 TINY, SAM3 = Sam3Config.preset("tiny"), Sam3Config.preset("sam3")
@@ -174,7 +175,7 @@ def bench_real_run(device: torch.device, num_images: int, num_steps: int) -> lis
         cfg.DATA.DATA_PATH, cfg.DATA.BATCH_SIZE, cfg.TRAIN.MAX_STEPS = str(folder / "data"), 16, num_steps
         store = make_real_inputs(folder, num_images)
         index = image_index_from_config(cfg.DATA, "train")
-        dataset = Stage1Dataset(index, Preprocess(), "train", SAM3.grid_size, store=store)
+        dataset = DistillationDataset(index, Preprocess(), "train", SAM3.grid_size, store=store)
         loader = build_loader(dataset, ResumableDistributedSampler(len(index)), 16, drop_last=True)
         task = make_task(SAM3, "efficientvit_b0", device)
         flops = step_flops(task, next(prepared_batches(loader, store, device)))

@@ -12,9 +12,9 @@ from sam3_train.distributed import RunContext, all_gather_object
 from sam3_train.embeddings import EmbeddingStore, StoreError, StoreSpec, compare_embeddings
 from sam3_train.embeddings.codecs import Distortion
 from sam3_train.errors import UserError
+from sam3_train.teacher import Teacher
 from stage1.export_data import ExportData, build_export_loader
 from stage1.export_preflight import prepare_export, require_same_export
-from stage1.teacher import Teacher
 
 CODEC_TOLERANCE = {"fp16": 2e-3, "int8": 3e-2}
 """Largest relative RMS error between a stored and a recomputed embedding in float32."""

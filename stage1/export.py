@@ -19,7 +19,7 @@ from torch import Tensor
 from sam3_train.data.bad_images import BadImageLog
 from sam3_train.embeddings import EmbeddingWriter
 from sam3_train.stop_signal import StopSignal
-from stage1.teacher import Teacher
+from sam3_train.teacher import Teacher
 
 POLL_S = 0.2
 

@@ -11,13 +11,13 @@ from torch.utils.data import ConcatDataset
 from yacs.config import CfgNode
 
 from sam3_train.data.augmentation import AugmentSpec
+from sam3_train.data.distillation_dataset import DistillationDataset
+from sam3_train.data.distillation_loader import DistillationLoader, build_loader, image_index_from_config
 from sam3_train.data.image_index import ImageIndex, NoSuchSplitError
 from sam3_train.data.packed_strings import PackedStrings
 from sam3_train.data.splits import SPLITS
+from sam3_train.distillation_config import augment_config, preprocess_config, teacher_config
 from sam3_train.errors import UserError, attempt
-from stage1.config import preprocess_config, teacher_config
-from stage1.data.build import Stage1Loader, build_loader, image_index_from_config
-from stage1.data.sa1b_dataset import Stage1Dataset
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,6 @@ class ExportData:
     def describe(self) -> str:
         """``100 train + 10 val images``."""
         return " + ".join(f"{len(index)} {index.split}" for index in self.indices) + " images"
-
-
-def augment_config(cfg: CfgNode) -> AugmentSpec | None:
-    """The views that a config asks for; None for the whole image.
-
-    Raises:
-        UserError: If a value is impossible.
-    """
-    if cfg.DISTILL.NO_RAND:
-        return None
-    try:
-        return AugmentSpec(cfg.DISTILL.FLIP_PROB, cfg.DISTILL.MIN_CROP_AREA)
-    except ValueError as error:
-        raise UserError(f"DISTILL: {error}") from None
 
 
 def parse_splits(text: str) -> list[str]:
@@ -92,7 +78,7 @@ def build_export_data(
         problems.append(f"{cfg.DATA.DATA_PATH}: no images of the splits {', '.join(splits)} (DATA.DATA_PATH)")
         return None
     datasets = [
-        Stage1Dataset(index, preprocess, "export", teacher.grid_size, augment=augment, seed=cfg.SEED)
+        DistillationDataset(index, preprocess, "export", teacher.grid_size, augment=augment, seed=cfg.SEED)
         for index in indices
     ]
     return ExportData(indices, join_keys([index.keys for index in indices]), ConcatDataset(datasets), augment, notes)
@@ -115,7 +101,7 @@ def join_keys(parts: Sequence[PackedStrings]) -> PackedStrings:
     return PackedStrings(np.concatenate([part.buffer for part in parts]), np.concatenate([*offsets, starts[-1:]]))
 
 
-def build_export_loader(cfg: CfgNode, data: ExportData, batches: list[list[int]]) -> Stage1Loader:
+def build_export_loader(cfg: CfgNode, data: ExportData, batches: list[list[int]]) -> DistillationLoader:
     """A loader that yields exactly the planned batches, in order; unreadable images stand under ``bad``."""
     return build_loader(
         data.dataset,

@@ -10,7 +10,9 @@ from yacs.config import CfgNode
 
 from sam3_train.config import apply_flags, load_config, set_key
 from sam3_train.data.bad_images import BAD_IMAGES_FILE, BadImageLog, bad_image_limit
+from sam3_train.data.distillation_loader import left_out_images
 from sam3_train.data.splits import SPLITS
+from sam3_train.distillation_config import preprocess_config, teacher_config
 from sam3_train.distributed import RunContext
 from sam3_train.embeddings import (
     CODECS,
@@ -24,11 +26,10 @@ from sam3_train.embeddings import (
 from sam3_train.embeddings.spec import STORE_FILE, read_store_info
 from sam3_train.errors import attempt, require_no_problems
 from sam3_train.precision import pick_dtype
-from stage1.config import get_defaults, preprocess_config, teacher_config
-from stage1.data.build import left_out_images
+from sam3_train.teacher import dtype_name, require_teacher_file, trunk_file_sha256
+from stage1.config import get_defaults
 from stage1.export_data import ExportData, build_export_data, parse_splits
 from stage1.export_report import ExportEstimate, free_bytes
-from stage1.teacher import dtype_name, require_teacher_file, trunk_file_sha256
 
 DEFAULT_OUTPUT = "output/stage1_teacher"
 EMBEDDINGS_FOLDER = "embeddings"

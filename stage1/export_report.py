@@ -17,8 +17,8 @@ from tqdm import tqdm
 from sam3_train.embeddings import CODECS, EmbeddingWriter, StoreSpec
 from sam3_train.embeddings.rank_files import ENTRY_DTYPE
 from sam3_train.log import RunLog
+from sam3_train.teacher import Teacher
 from stage1.export import ExportCounts
-from stage1.teacher import Teacher
 
 KEY_BYTES = 32  # a generous guess at a key's line
 LOG_EVERY_S = 30.0

@@ -18,6 +18,7 @@ from sam3_train.embeddings.spec import STORE_FILE
 from sam3_train.errors import Interrupted
 from sam3_train.log import RunLog
 from sam3_train.stop_signal import StopSignal
+from sam3_train.teacher import Teacher
 from stage1.export import ExportCounts, export_batches
 from stage1.export_data import ExportData, build_export_loader
 from stage1.export_preflight import embeddings_folder, open_bad_log, prepare_export
@@ -28,7 +29,6 @@ from stage1.export_report import (
     rank_result,
     summary_lines,
 )
-from stage1.teacher import Teacher
 
 KEEP_ALL_NUMBERS = 2**62
 

@@ -22,47 +22,7 @@ from sam3.preprocess import Preprocess
 from sam3.released_names import load_released, released_layout
 from sam3.sam.heads import SamHeads
 from sam3.sam.mask_decoder import SamOutput
-from sam3_train.embeddings import EmbeddingStore
-from sam3_train.errors import UserError
 from sam3_train.metrics import mask_iou
-from stage1.teacher import trunk_file_sha256
-
-
-def require_teacher_of_store(
-    path: str | Path, config: Sam3Config, preprocess: Preprocess, store: EmbeddingStore | None
-) -> None:
-    """Check that a file holds the teacher whose features are imitated: its heads understand no other ones.
-
-    Args:
-        path: What `MaskAgreement.from_checkpoint` will read.
-        config: The teacher's description.
-        preprocess: What the run's images go through; compared if the file records its own.
-        store: The embeddings; None with an online teacher, which comes from the same file.
-
-    Raises:
-        UserError: If the embeddings are of another teacher.
-        PreprocessMismatchError: If the file was made for other inputs.
-        CheckpointError: If the file cannot be read or does not fit.
-    """
-    _, metadata = read_state_dict(path)
-    if metadata.get("preprocess") is not None:
-        try:
-            theirs = Preprocess.from_dict(metadata["preprocess"])
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"MODEL.SAM3_CHECKPOINT {path}: its record of the preprocessing is damaged: {error}"
-            ) from None
-        preprocess.require_equal(theirs, "the training config (DATA.PREPROCESS)", f"MODEL.SAM3_CHECKPOINT {path}")
-    stored = None if store is None else store.spec.teacher.get("sha256")
-    if store is None or not stored:  # the public layout does not say whose features it holds
-        return
-    found = trunk_file_sha256(path, config)
-    if found != stored:
-        raise UserError(
-            f"VAL.MASK_AGREEMENT: the trunk in {path} has sha256 {found[:12]}, but the embeddings in {store.directory} "
-            f"are of a teacher with {stored[:12]}: name the file that they were exported with (MODEL.SAM3_CHECKPOINT), "
-            "or set VAL.MASK_AGREEMENT False"
-        )
 
 
 class MaskAgreement:

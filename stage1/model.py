@@ -9,7 +9,7 @@ channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,13 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sam3.checkpoint_keys import UnknownLayoutError, student_from_published, student_to_published
 from sam3.model.student_encoder import StudentEncoder
-from sam3_train.checkpoint import load_strict
-from sam3_train.embeddings import Codec
-from sam3_train.errors import UserError
 from sam3_train.losses import masked_cosine, masked_mse
-from sam3_train.task import Task
+from sam3_train.student_task import StudentTask
 
 MaskAgreement = Callable[[Tensor, Tensor], Tensor]
 """Student and teacher features (B, C, G, G) -> IoU of the masks that both lead to, (B,)."""
@@ -38,8 +34,8 @@ class LossWeights:
     cosine: float = 1.0
 
 
-class Stage1Task(Task):
-    """One student and its loss. The teacher's features come with the batch (`stored_features`, `online_features`).
+class Stage1Task(StudentTask):
+    """One student and its loss. The teacher's features come with the batch (`sam3_train.teacher`).
 
     Args:
         student: What is trained.
@@ -59,14 +55,10 @@ class Stage1Task(Task):
         mask_agreement: MaskAgreement | None = None,
         channels_last: bool = True,
     ) -> None:
-        super().__init__()
-        self.student = student
+        super().__init__(student, channels_last)
         self.register_buffer("variance_c", variance_c.detach().float().clone(), persistent=False)
         self.weights = weights or LossWeights()
         self.mask_agreement = mask_agreement
-        self.channels_last = channels_last
-        if channels_last:
-            self.student.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss of a training batch.
@@ -77,7 +69,7 @@ class Stage1Task(Task):
         Returns:
             ``loss`` and its unweighted terms ``mse`` and ``cosine``.
         """
-        features = self.student(self._images(batch))
+        features = self.student_features(batch)
         mse = masked_mse(features, batch["teacher"], batch["valid"], self.variance_c)
         cosine = masked_cosine(features, batch["teacher"], batch["valid"])
         return {"loss": self.weights.mse * mse + self.weights.cosine * cosine, "mse": mse, "cosine": cosine}
@@ -90,7 +82,7 @@ class Stage1Task(Task):
             ``channel_similarity`` (mean over channels of the cosine along cells) and, with mask agreement,
             ``mask_iou``; (B,) each.
         """
-        features, teacher, valid = self.student(self._images(batch)).float(), batch["teacher"], batch["valid"]
+        features, teacher, valid = self.student_features(batch).float(), batch["teacher"], batch["valid"]
         mse = _per_image(partial(masked_mse, channel_var_c=self.variance_c), features, teacher, valid)
         cosine = _per_image(masked_cosine, features, teacher, valid)
         metrics = {
@@ -103,30 +95,6 @@ class Stage1Task(Task):
         if self.mask_agreement is not None:
             metrics["mask_iou"] = self.mask_agreement(features, teacher)
         return metrics
-
-    def batch_size(self, batch: dict[str, Any]) -> int:
-        """Number of images."""
-        return len(batch["image"])
-
-    def saved_state(self) -> dict[str, Tensor]:
-        """The student under its published names."""
-        return student_to_published(self.student.state_dict(), self.student.student.backbone)
-
-    def load_saved_state(self, state_dict: Mapping[str, Tensor], where: str) -> None:
-        """Load published names.
-
-        Raises:
-            UserError: If names or shapes are not this student's.
-        """
-        try:
-            names = student_from_published(state_dict, self.student.student.backbone)
-        except UnknownLayoutError as error:
-            raise UserError(f"{where} holds no {self.student.student.backbone} student: {error}") from None
-        load_strict(self.student, names, where)
-
-    def _images(self, batch: dict[str, Any]) -> Tensor:
-        images: Tensor = batch["image"]
-        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
 
 def channel_similarity(student_bchw: Tensor, teacher_bchw: Tensor, valid_b1hw: Tensor) -> Tensor:
@@ -150,27 +118,6 @@ def channel_similarity(student_bchw: Tensor, teacher_bchw: Tensor, valid_b1hw: T
         return torch.where(inside, features - kept.sum((2, 3), keepdim=True) / count, 0.0).flatten(2)
 
     return F.cosine_similarity(centred(student_bchw), centred(teacher_bchw), dim=2).mean(1)
-
-
-def stored_features(codec: Codec) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A step between loader and task that decodes stored embeddings on the batch's device.
-
-    The copy to the device moves the stored types; float32 exists only there.
-    """
-
-    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-        return {**batch, "teacher": codec.to_float(batch["embedding"])}
-
-    return prepare
-
-
-def online_features(teacher: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """The same for a teacher in the loop: `stage1.teacher.Teacher`. One pass serves all students."""
-
-    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
-        return {**batch, "teacher": teacher(batch["image"])}
-
-    return prepare
 
 
 def _per_image(loss: Callable[..., Tensor], *tensors_b: Tensor) -> Tensor:

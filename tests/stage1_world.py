@@ -13,9 +13,9 @@ from sam3.config import Sam3Config
 from sam3.model_builder import assemble_image_model, build_sam3_trunk
 from sam3.preprocess import Preprocess
 from sam3.released_names import released_state_dict
+from sam3_train.data.distillation_dataset import DistillationDataset
 from sam3_train.embeddings import EmbeddingWriter, StoreSpec, begin_export
-from stage1.data.sa1b_dataset import Stage1Dataset
-from stage1.teacher import Teacher
+from sam3_train.teacher import Teacher
 
 TINY = Sam3Config.preset("tiny")
 NUM_TRAIN, NUM_VAL = 12, 3
@@ -88,7 +88,7 @@ def make_store(
     begin_export(directory, spec, keys)
     with EmbeddingWriter(directory) as writer:
         for index in indices:
-            dataset = Stage1Dataset(index, preprocess, "export", TINY.grid_size)
+            dataset = DistillationDataset(index, preprocess, "export", TINY.grid_size)
             for i in range(len(index)):
                 item = dataset[i]
                 features = teacher(item["image"][None]).to(torch.float16).numpy()

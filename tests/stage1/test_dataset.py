@@ -20,13 +20,13 @@ from sam3.model_builder import assemble_image_model
 from sam3.preprocess import Preprocess
 from sam3_train.data.augmentation import AugmentSpec, seed_of_key
 from sam3_train.data.bad_images import BadImageLog
+from sam3_train.data.distillation_dataset import DistillationDataset
+from sam3_train.data.distillation_loader import build_loader, image_index_from_config
 from sam3_train.data.image_index import ImageIndex, build_image_index
 from sam3_train.data.samplers import ResumableDistributedSampler
 from sam3_train.embeddings import EmbeddingStore
 from sam3_train.errors import UserError
 from stage1.config import get_defaults
-from stage1.data.build import build_loader, image_index_from_config
-from stage1.data.sa1b_dataset import Stage1Dataset
 
 PREPROCESS = Preprocess(28)
 
@@ -71,8 +71,8 @@ def test_training_and_deployment_see_the_same_pixels(tmp_path: Path, root: Path,
     Image.open(root / "images/train/sa_1.jpg").save(root / "images/train/sa_1.jpg", exif=exif)
     Image.open(root / "images/train/sa_2.jpg").convert("L").save(root / "images/train/sa_2.jpg")
     index = build_image_index(root, "sa1b", "train")
-    export = Stage1Dataset(index, preprocess, "export", config.grid_size)
-    train = Stage1Dataset(index, preprocess, "train", config.grid_size, store=store_of(index, tmp_path / "store"))
+    export = DistillationDataset(index, preprocess, "export", config.grid_size)
+    train = DistillationDataset(index, preprocess, "train", config.grid_size, store=store_of(index, tmp_path / "store"))
     model = assemble_image_model(config, preprocess, enable_inst_interactivity=True, enable_detector=False).eval()
     seen: list[torch.Tensor] = []
     model.backbone.vision_backbone.trunk.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -88,7 +88,7 @@ def test_no_annotation_is_opened(root: Path) -> None:
     (root / "annotations/train/sa_0.json").unlink()
     (root / "annotations/train/sa_1.json").write_bytes(b"")
     (root / "annotations/train/sa_2.json").write_bytes(b"[[[")
-    dataset = Stage1Dataset(build_image_index(root, "sa1b", "train"), PREPROCESS, "export", 2)
+    dataset = DistillationDataset(build_image_index(root, "sa1b", "train"), PREPROCESS, "export", 2)
     assert [dataset[i]["key"] for i in range(6)] == [f"sa_{i}" for i in range(6)]
     assert not any(dataset[i]["bad"] for i in range(6))
 
@@ -96,25 +96,25 @@ def test_no_annotation_is_opened(root: Path) -> None:
 def test_the_student_sees_the_view_its_teacher_saw(index: ImageIndex) -> None:
     """D-27: flip and crop are replayed from the stored seed, bit for bit."""
     spec = AugmentSpec()
-    export = Stage1Dataset(index, PREPROCESS, "export", 2, augment=spec, seed=5)
+    export = DistillationDataset(index, PREPROCESS, "export", 2, augment=spec, seed=5)
     items = [export[i] for i in range(len(index))]
-    train = Stage1Dataset(index, PREPROCESS, "train", 2, store=StoredSeeds(items), augment=spec, seed=999)
-    plain = Stage1Dataset(index, PREPROCESS, "export", 2)
+    train = DistillationDataset(index, PREPROCESS, "train", 2, store=StoredSeeds(items), augment=spec, seed=999)
+    plain = DistillationDataset(index, PREPROCESS, "export", 2)
     assert all(torch.equal(train[i]["image"], items[i]["image"]) for i in range(len(index)))
     assert sum(torch.equal(plain[i]["image"], items[i]["image"]) for i in range(len(index))) <= 1
 
 
 def test_without_augmentation_stored_seeds_change_nothing(index: ImageIndex, tmp_path: Path) -> None:
     """D-27: files of the public tool hold random seeds that nothing used."""
-    train = Stage1Dataset(index, PREPROCESS, "train", 2, store=store_of(index, tmp_path / "s"))
+    train = DistillationDataset(index, PREPROCESS, "train", 2, store=store_of(index, tmp_path / "s"))
     assert torch.equal(train[0]["image"], PREPROCESS(Image.open(index.where(0))))
     assert train[0]["seed"] == make_seed("sa_0")
 
 
 def test_a_resumed_export_draws_the_same_views(index: ImageIndex) -> None:
     """Seeds depend on run seed and key, not on the order or on what was done before."""
-    first = Stage1Dataset(index, PREPROCESS, "export", 2, augment=AugmentSpec(), seed=5)
-    again = Stage1Dataset(index.select(np.array([2, 4])), PREPROCESS, "export", 2, augment=AugmentSpec(), seed=5)
+    first = DistillationDataset(index, PREPROCESS, "export", 2, augment=AugmentSpec(), seed=5)
+    again = DistillationDataset(index.select(np.array([2, 4])), PREPROCESS, "export", 2, augment=AugmentSpec(), seed=5)
     for position, earlier in ((0, 2), (1, 4)):
         assert again[position]["seed"] == first[earlier]["seed"]
         assert torch.equal(again[position]["image"], first[earlier]["image"])
@@ -122,8 +122,8 @@ def test_a_resumed_export_draws_the_same_views(index: ImageIndex) -> None:
 
 def test_padding_is_marked_in_the_valid_mask(index: ImageIndex, tmp_path: Path) -> None:
     store = store_of(index, tmp_path / "s")
-    letterbox = Stage1Dataset(index, Preprocess(28, "letterbox"), "train", 4, store=store)
-    stretch = Stage1Dataset(index, Preprocess(28), "train", 4, store=store)
+    letterbox = DistillationDataset(index, Preprocess(28, "letterbox"), "train", 4, store=store)
+    stretch = DistillationDataset(index, Preprocess(28), "train", 4, store=store)
     assert stretch[0]["valid"].shape == (1, 4, 4) and stretch[0]["valid"].all()
     assert letterbox[0]["valid"][0].sum(1).tolist() == [4.0, 4.0, 4.0, 0.0], "48 x 32 pixels leave the bottom empty"
 
@@ -135,7 +135,7 @@ def test_padding_is_marked_in_the_valid_mask(index: ImageIndex, tmp_path: Path) 
 def test_embeddings_travel_as_they_are_stored(index: ImageIndex, tmp_path: Path, codec: str, types: set) -> None:
     """D-53: the cast to float32 is the device's work."""
     store = store_of(index, tmp_path / "s", codec)
-    dataset = Stage1Dataset(index, PREPROCESS, "train", 2, store=store)
+    dataset = DistillationDataset(index, PREPROCESS, "train", 2, store=store)
     batch = next(iter(build_loader(dataset, [4, 1, 2], 3, num_workers=0)))
     assert batch["key"] == ["sa_4", "sa_1", "sa_2"]
     assert {part.dtype for part in batch["embedding"].values()} == types
@@ -154,7 +154,7 @@ def test_a_damaged_embedding_is_one_line_even_from_a_worker(
     content = bytearray(values.read_bytes())
     content[store.spec.record_bytes * 2 + 9] ^= 1
     values.write_bytes(content)
-    dataset = Stage1Dataset(index, PREPROCESS, "train", 2, store=EmbeddingStore(tmp_path / "s"))
+    dataset = DistillationDataset(index, PREPROCESS, "train", 2, store=EmbeddingStore(tmp_path / "s"))
     with pytest.raises(UserError, match=r"rank0-values\.bin: record 2 \(key 'sa_2'") as caught:
         list(build_loader(dataset, None, 2, num_workers=num_workers))
     assert "\n" not in str(caught.value)
@@ -172,7 +172,7 @@ def test_an_unreadable_photo_is_left_out_and_written_down(
     store = store_of(index, tmp_path / "s") if mode == "train" else None
     (root / "images/train/sa_3.jpg").write_bytes(make_jpeg(3)[:400])
     log = BadImageLog(tmp_path / "bad_images.txt", limit=1)
-    dataset = Stage1Dataset(index, PREPROCESS, mode, 2, store=store)
+    dataset = DistillationDataset(index, PREPROCESS, mode, 2, store=store)
     batches = list(build_loader(dataset, None, 3, num_workers=num_workers, bad_log=log))
     assert [batch["key"] for batch in batches] == [["sa_0", "sa_1", "sa_2"], ["sa_4", "sa_5"]]
     assert [len(batch["image"]) for batch in batches] == [3, 2]
@@ -186,7 +186,7 @@ def test_a_batch_of_unreadable_photos_ends_a_training_run(root: Path, index: Ima
     """D-21"""
     for name in ("sa_0", "sa_1"):
         (root / f"images/train/{name}.jpg").write_bytes(b"")
-    loader = build_loader(Stage1Dataset(index, PREPROCESS, "online", 2), None, 2, num_workers=0)
+    loader = build_loader(DistillationDataset(index, PREPROCESS, "online", 2), None, 2, num_workers=0)
     assert next(iter(loader))["key"] == [], "an export goes on"
     loader.bad_log = BadImageLog(None, limit=5)
     with pytest.raises(UserError, match=r"every image of a batch .*sam3_train\.data\.validate"):
@@ -203,7 +203,7 @@ def images_of(loader: Iterator[dict] | Any) -> list[tuple[list[str], torch.Tenso
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_resumed_epoch_continues_with_the_same_batches(index: ImageIndex, num_workers: int) -> None:
     """D-47: order and pixels of the rest of an epoch do not depend on where it was interrupted, nor on workers."""
-    dataset = Stage1Dataset(index, PREPROCESS, "online", 2, augment=AugmentSpec(), seed=1)
+    dataset = DistillationDataset(index, PREPROCESS, "online", 2, augment=AugmentSpec(), seed=1)
     whole_sampler = ResumableDistributedSampler(len(index), seed=3)
     whole_sampler.set_epoch(2)
     whole = images_of(build_loader(dataset, whole_sampler, 2, num_workers=0, drop_last=True))
@@ -217,7 +217,7 @@ def test_a_resumed_epoch_continues_with_the_same_batches(index: ImageIndex, num_
 
 def test_running_workers_follow_the_epoch(index: ImageIndex) -> None:
     """D-92: persistent workers draw the views of the epoch they are in."""
-    dataset = Stage1Dataset(index, PREPROCESS, "online", 2, augment=AugmentSpec(), seed=1)
+    dataset = DistillationDataset(index, PREPROCESS, "online", 2, augment=AugmentSpec(), seed=1)
     sampler = ResumableDistributedSampler(len(index), shuffle=False)
     loader = build_loader(dataset, sampler, 6, num_workers=1)
     for epoch in (0, 1, 5):
@@ -248,7 +248,7 @@ def test_workers_live_as_long_as_the_loader_and_use_one_thread() -> None:
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_loading_leaves_the_random_stream_of_the_run_alone(index: ImageIndex, num_workers: int) -> None:
     """D-47, D-92: a resumed run would otherwise draw other numbers than the uninterrupted one."""
-    dataset = Stage1Dataset(index, PREPROCESS, "online", 2, augment=AugmentSpec())
+    dataset = DistillationDataset(index, PREPROCESS, "online", 2, augment=AugmentSpec())
     torch.manual_seed(0)
     before, before_numpy = torch.get_rng_state(), np.random.get_state()[1].copy()
     for _ in range(2):
@@ -258,7 +258,7 @@ def test_loading_leaves_the_random_stream_of_the_run_alone(index: ImageIndex, nu
 
 
 def test_planned_batches_come_as_planned(index: ImageIndex) -> None:
-    dataset = Stage1Dataset(index, PREPROCESS, "export", 2)
+    dataset = DistillationDataset(index, PREPROCESS, "export", 2)
     loader = build_loader(dataset, batches=[[5], [0, 3], [1]], num_workers=1)
     assert [batch["key"] for batch in loader] == [["sa_5"], ["sa_0", "sa_3"], ["sa_1"]]
 
@@ -283,8 +283,8 @@ def test_settings_reach_the_index(root: Path, tmp_path: Path) -> None:
 
 def test_a_mode_and_its_store_must_fit(index: ImageIndex) -> None:
     with pytest.raises(ValueError, match="'train' needs a store"):
-        Stage1Dataset(index, PREPROCESS, "train", 2)
+        DistillationDataset(index, PREPROCESS, "train", 2)
     with pytest.raises(ValueError, match="'export' takes no store"):
-        Stage1Dataset(index, PREPROCESS, "export", 2, store=StoredSeeds([]))
+        DistillationDataset(index, PREPROCESS, "export", 2, store=StoredSeeds([]))
     with pytest.raises(ValueError, match="'write' is not one of"):
-        Stage1Dataset(index, PREPROCESS, "write", 2)
+        DistillationDataset(index, PREPROCESS, "write", 2)

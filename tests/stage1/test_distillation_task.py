@@ -12,11 +12,12 @@ from sam3.config import StudentConfig
 from sam3.model.student_encoder import build_student
 from sam3_train.embeddings import CODECS, EmbeddingStore
 from sam3_train.errors import UserError
+from sam3_train.feature_scale import error_scale, measure_channel_variance
 from sam3_train.losses import masked_mse
 from sam3_train.optim import parameter_groups
-from stage1.feature_scale import error_scale, measure_channel_variance
+from sam3_train.teacher import online_features, stored_features
 from stage1.mask_agreement import MaskAgreement
-from stage1.model import LossWeights, Stage1Task, channel_similarity, online_features, stored_features
+from stage1.model import LossWeights, Stage1Task, channel_similarity
 
 SHAPE = TINY.embedding_shape
 

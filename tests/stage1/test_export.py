@@ -25,11 +25,11 @@ from sam3_train.data.bad_images import BadImageLog
 from sam3_train.embeddings import EmbeddingStore, EmbeddingWriter, StoreSpec, begin_export
 from sam3_train.embeddings.verify import verify_store
 from sam3_train.stop_signal import StopSignal
+from sam3_train.teacher import Teacher
 from stage1 import export_preflight, export_report, export_run
 from stage1.config import get_defaults
 from stage1.export import export_batches
 from stage1.save_embedding_stage1 import _main, main
-from stage1.teacher import Teacher
 
 ROOT = Path(__file__).resolve().parents[2]
 ALL_KEYS = [f"sa_{number}" for number in (*range(7), 100, 101)]

@@ -9,9 +9,9 @@ import torch
 from fixtures_data import make_jpeg
 from fixtures_embeddings import store_bytes
 
+from sam3_train.teacher import Teacher
 from stage1 import export_preflight
 from stage1.save_embedding_stage1 import main
-from stage1.teacher import Teacher
 
 
 def test_an_export_that_does_not_fit_is_refused_before_it_starts(command, tmp_path, monkeypatch, capsys):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from torch.utils.data import Dataset
 
-from stage1.data.build import build_loader
+from sam3_train.data.distillation_loader import build_loader
 
 
 class WhoLoads(Dataset):

@@ -12,8 +12,9 @@ from yacs.config import CfgNode
 from sam3.backbones import student_names
 from sam3.preprocess import Preprocess
 from sam3_train.config import apply_flags, load_config
+from sam3_train.distillation_config import model_config, preprocess_config, teacher_config
 from sam3_train.errors import UserError
-from stage1.config import get_defaults, model_config, preprocess_config, teacher_config
+from stage1.config import get_defaults
 from stage1.train_stage1 import main
 
 CONFIGS = Path(__file__).resolve().parents[2] / "stage1/configs"

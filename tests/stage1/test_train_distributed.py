@@ -13,9 +13,10 @@ from toy_training import free_port, run_group
 
 from sam3_train.checkpoint import load_checkpoint
 from sam3_train.config import load_config
+from sam3_train.distillation_config import model_config
 from sam3_train.distributed import RunContext
 from sam3_train.log import read_metrics
-from stage1.config import get_defaults, model_config
+from stage1.config import get_defaults
 from stage1.train_stage1 import _train as train_in_process
 from stage1.train_stage1 import main
 from stage1.training import build_initial_student

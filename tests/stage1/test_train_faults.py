@@ -144,7 +144,7 @@ def test_mask_agreement_wants_the_teacher_of_the_store(world, tmp_path, capfd):
     words = ["--dry-run", "--opts", "VAL.MASK_PROMPTS", "0", "MODEL.SAM3_CHECKPOINT"]
     assert train(cfg, tmp_path / "run", *words, str(other)) == 2
     stderr = capfd.readouterr().err
-    assert "2 problems" in stderr and f"VAL.MASK_AGREEMENT: the trunk in {other} has sha256" in stderr
+    assert "2 problems" in stderr and f"MODEL.SAM3_CHECKPOINT: the trunk in {other} has sha256" in stderr
     assert str(world.store) in stderr and "VAL.MASK_PROMPTS: 0 is out of range" in stderr
     assert train(cfg, tmp_path / "run", *words, str(letterboxed)) == 2
     stderr = capfd.readouterr().err

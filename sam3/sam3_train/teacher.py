@@ -1,4 +1,4 @@
-"""The frozen teacher of stage 1: SAM 3's image trunk and nothing else.
+"""The frozen teacher: SAM 3's image trunk and nothing else, or its stored features in its place.
 
 Used by the export, by ``--check-saved-embed`` and by training without a store (``DISTILL.ONLINE_TEACHER``). The text
 encoder, necks and decoders are never built: 446 M parameters of the released 860 M.
@@ -6,19 +6,23 @@ encoder, necks and decoders are never built: 446 M parameters of the released 86
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from sam3.checkpoint_io import read_state_dict
 from sam3.config import Sam3Config
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import state_dict_sha256
+from sam3_train.distillation_config import preprocess_config, teacher_config
+from sam3_train.embeddings import Codec, EmbeddingStore
 from sam3_train.errors import UserError
 from sam3_train.precision import autocast, pick_dtype
-from stage1.config import preprocess_config, teacher_config
 
 
 class Teacher:
@@ -125,3 +129,62 @@ def trunk_file_sha256(path: str | Path, config: Sam3Config) -> str:
 
     trunk = build_sam3_trunk(path, config=config, device="cpu")
     return state_dict_sha256(dict(trunk.named_parameters()))
+
+
+def require_teacher_of_store(
+    path: str | Path, config: Sam3Config, preprocess: Preprocess, store: EmbeddingStore | None, remedy: str = ""
+) -> None:
+    """Check that a file holds the teacher whose features are imitated: its heads understand no other ones.
+
+    Args:
+        path: What the heads will be read from.
+        config: The teacher's description.
+        preprocess: What the run's images go through; compared if the file records its own.
+        store: The embeddings; None with an online teacher, which comes from the same file.
+        remedy: What else the user can do, e.g. ``, or set A.B False``.
+
+    Raises:
+        UserError: If the embeddings are of another teacher.
+        PreprocessMismatchError: If the file was made for other inputs.
+        CheckpointError: If the file cannot be read or does not fit.
+    """
+    _, metadata = read_state_dict(path)
+    if metadata.get("preprocess") is not None:
+        try:
+            theirs = Preprocess.from_dict(metadata["preprocess"])
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"MODEL.SAM3_CHECKPOINT {path}: its record of the preprocessing is damaged: {error}"
+            ) from None
+        preprocess.require_equal(theirs, "the training config (DATA.PREPROCESS)", f"MODEL.SAM3_CHECKPOINT {path}")
+    stored = None if store is None else store.spec.teacher.get("sha256")
+    if store is None or not stored:  # the public layout does not say whose features it holds
+        return
+    found = trunk_file_sha256(path, config)
+    if found != stored:
+        raise UserError(
+            f"MODEL.SAM3_CHECKPOINT: the trunk in {path} has sha256 {found[:12]}, but the embeddings in "
+            f"{store.directory} are of a teacher with {stored[:12]}: name the file that they were exported with"
+            f"{remedy}"
+        )
+
+
+def stored_features(codec: Codec) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A step between loader and task that decodes stored embeddings on the batch's device.
+
+    The copy to the device moves the stored types; float32 exists only there.
+    """
+
+    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "teacher": codec.to_float(batch["embedding"])}
+
+    return prepare
+
+
+def online_features(teacher: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The same for a teacher in the loop: a `Teacher`. One pass serves all students."""
+
+    def prepare(batch: dict[str, Any]) -> dict[str, Any]:
+        return {**batch, "teacher": teacher(batch["image"])}
+
+    return prepare

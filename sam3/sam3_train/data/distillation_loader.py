@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,18 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from yacs.config import CfgNode
 
 from sam3_train.data.bad_images import BadImageLog, read_bad_images
+from sam3_train.data.distillation_dataset import DistillationDataset, ItemExtras
 from sam3_train.data.image_index import ImageIndex, build_image_index
 from sam3_train.data.loader_workers import LoaderWorkers
 from sam3_train.data.process_pool import process_context
 from sam3_train.errors import UserError
-from stage1.data.sa1b_dataset import Stage1Dataset
 
 
 def image_index_from_config(data: CfgNode, split: str, bad_keys: Collection[str] = ()) -> ImageIndex:
     """The images that a config's ``DATA`` node names.
 
     Args:
-        data: The node (`stage1.config`).
+        data: The node (`sam3_train.distillation_config.data_defaults`).
         split: ``train`` or ``val``.
         bad_keys: Unreadable images, beside those of the list ``DATA.BAD_IMAGES``.
 
@@ -55,12 +56,17 @@ def left_out_images(data: CfgNode) -> dict[str, str]:
     return read_bad_images(data.BAD_IMAGES) if data.BAD_IMAGES else {}
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+def collate(items: list[dict[str, Any]], extras: ItemExtras | None = None) -> dict[str, Any]:
     """Stack the readable items of a batch.
+
+    Args:
+        items: From a `DistillationDataset`.
+        extras: The data set's own.
 
     Returns:
         ``key`` list of B names, ``bad`` list of (key, reason) of the others, ``seed`` int64 (B,), ``image``
-        (B, 3, S, S), and what the mode adds: ``valid`` (B, 1, G, G), ``embedding`` dict of arrays with a leading B.
+        (B, 3, S, S), and what the mode adds: ``valid`` (B, 1, G, G), ``embedding`` dict of arrays with a leading B;
+        and what the extras add.
         A batch with no readable image has ``key``, ``bad`` and ``seed`` only; one with an error that ends the run
         has ``error``.
     """
@@ -77,10 +83,12 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         if good and name in good[0]:
             # Not torch.stack: in a worker this stacks right into the memory that it shares with the main process.
             batch[name] = default_collate([item[name] for item in good])
+    if good and extras is not None:
+        batch.update(extras.collate(good))
     return batch
 
 
-class Stage1Loader(DataLoader[dict[str, Any]]):
+class DistillationLoader(DataLoader[dict[str, Any]]):
     """A data loader that follows its sampler's epoch, reports errors of its workers and accounts for bad images."""
 
     bad_log: BadImageLog | None = None
@@ -88,7 +96,7 @@ class Stage1Loader(DataLoader[dict[str, Any]]):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         epoch = getattr(self.sampler, "epoch", None)
-        if epoch is not None and isinstance(self.dataset, Stage1Dataset):
+        if epoch is not None and isinstance(self.dataset, DistillationDataset):
             self.dataset.set_epoch(epoch)
         # Started here and not when the first batch is asked for: workers decode while the caller prepares itself.
         batches = super().__iter__()
@@ -110,6 +118,11 @@ class Stage1Loader(DataLoader[dict[str, Any]]):
             yield batch
 
 
+def extras_of(dataset: Dataset[dict[str, Any]]) -> ItemExtras | None:
+    """What the items of a data set hold beside images and embeddings."""
+    return dataset.extras if isinstance(dataset, DistillationDataset) else None
+
+
 def build_loader(
     dataset: Dataset[dict[str, Any]],
     sampler: Sampler[int] | Iterable[int] | None = None,
@@ -121,11 +134,11 @@ def build_loader(
     pin_memory: bool = True,
     drop_last: bool = False,
     bad_log: BadImageLog | None = None,
-) -> Stage1Loader:
+) -> DistillationLoader:
     """A loader whose workers live as long as it does.
 
     Args:
-        dataset: A `Stage1Dataset`, or several in a `ConcatDataset`.
+        dataset: A `DistillationDataset`, or several in a `ConcatDataset`.
         sampler: Positions in order; None takes all in index order.
         batch_size: Images per batch.
         batches: Positions batch by batch, instead of ``sampler``, ``batch_size`` and ``drop_last``.
@@ -149,10 +162,10 @@ def build_loader(
             "worker_init_fn": processes.start,
             "multiprocessing_context": process_context(),
         }
-    loader = Stage1Loader(
+    loader = DistillationLoader(
         dataset,
         num_workers=num_workers,
-        collate_fn=collate,
+        collate_fn=partial(collate, extras=extras_of(dataset)),
         # Starting workers draws a seed; from a generator of its own, so that the run's random stream does not notice.
         generator=torch.Generator(),
         pin_memory=pin_memory and torch.cuda.is_available(),

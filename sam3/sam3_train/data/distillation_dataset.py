@@ -1,11 +1,12 @@
-"""What stage 1 reads: photos, and the teacher's embeddings of them.
+"""What a distillation reads: photos, the teacher's embeddings of them, and what a stage adds to each.
 
-No annotation is opened: the trunk is distilled from images alone.
+Without extras no annotation is opened: a trunk is distilled from images alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset
 
 from sam3.image_input import to_rgb_uint8
 from sam3.preprocess import Preprocess
-from sam3_train.data.augmentation import AugmentSpec, seed_of_key, view_of_seed
+from sam3_train.data.augmentation import AugmentSpec, View, seed_of_key, view_of_seed
 from sam3_train.data.decode import UnreadableImageError
 from sam3_train.data.image_index import ImageIndex
 from sam3_train.errors import UserError
@@ -33,7 +34,41 @@ class EmbeddingReader(Protocol):
         """Announce records that will be read soon."""
 
 
-class Stage1Dataset(Dataset[dict[str, Any]]):
+class ItemExtras(Protocol):
+    """What a stage adds to the images of a data set, such as prompts of their annotations.
+
+    Called in the loader's workers, so it must pickle; what it draws is a function of its arguments and own settings.
+    """
+
+    def load(self, photo: Photo) -> dict[str, Any]:
+        """More entries for the item of a photo.
+
+        Raises:
+            UnreadableImageError: With the reason why this image cannot be used; it is left out and accounted for.
+        """
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """More entries for the batch of some items, at least one."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """What `ItemExtras` may want to know about an image."""
+
+    index: ImageIndex
+    position: int
+    """Where it stands in the index."""
+    key: str
+    view: View
+    """What the student is shown of it."""
+    original_hw: tuple[int, int]
+    """Its size in pixels before the view."""
+    view_hw: tuple[int, int]
+    """The size of the view, which the preprocessing brings to the model's input."""
+    epoch: int
+
+
+class DistillationDataset(Dataset[dict[str, Any]]):
     """Photos of an index as model inputs.
 
     Every item is a function of the index position, the run's seed and (mode ``online``) the epoch; no global random
@@ -45,7 +80,8 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
     - ``seed``: the 4-byte seed of the view (mode ``export``: to be stored with the embedding);
     - ``valid`` (modes ``train`` and ``online``): float32, (1, G, G), 1 inside the image and 0 in its padding;
     - ``embedding`` (mode ``train``): the record's arrays in their stored types; decode them on the device with
-      ``store.spec.codec_object.to_float``.
+      ``store.spec.codec_object.to_float``;
+    - whatever ``extras`` adds.
 
     Args:
         index: The images.
@@ -56,6 +92,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         store: Embeddings, in mode ``train``.
         augment: Views to draw; None shows the whole image. In mode ``train`` this must be the store's own.
         seed: Seed of the views that modes ``export`` and ``online`` draw.
+        extras: Adds to each item.
 
     Raises:
         ValueError: If the mode is unknown, or a store is missing or superfluous.
@@ -71,6 +108,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         store: EmbeddingReader | None = None,
         augment: AugmentSpec | None = None,
         seed: int = 0,
+        extras: ItemExtras | None = None,
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"dataset mode {mode!r} is not one of {MODES}")
@@ -83,6 +121,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
         self.store = store
         self.augment = augment
         self.seed = seed
+        self.extras = extras
         # Shared memory, because persistent workers keep the copy of the dataset that they were started with.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -91,7 +130,7 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
 
     @property
     def epoch(self) -> int:
-        """The epoch whose views mode ``online`` draws."""
+        """The epoch whose views mode ``online`` draws, and that extras are told."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
@@ -123,14 +162,26 @@ class Stage1Dataset(Dataset[dict[str, Any]]):
             item["embedding"] = {name: torch.from_numpy(part) for name, part in parts.items()}
         else:
             seed = seed_of_key(self.seed, key, self.epoch if self.mode == "online" else 0)
-        pixels = view_of_seed(self.augment, seed).apply(to_rgb_uint8(image))
+        view, whole = view_of_seed(self.augment, seed), to_rgb_uint8(image)
+        pixels = view.apply(whole)
+        original_hw, view_hw = _size_of(whole), _size_of(pixels)
         item["image"] = self.preprocess(pixels)
         item["seed"] = seed
         if self.mode != "export":
-            item["valid"] = self._valid_mask((pixels.shape[-2], pixels.shape[-1]))
+            item["valid"] = self._valid_mask(view_hw)
+        if self.extras is not None:
+            photo = Photo(self.index, position, key, view, original_hw, view_hw, self.epoch)
+            try:
+                item.update(self.extras.load(photo))
+            except UnreadableImageError as error:
+                return {"key": key, "bad": str(error)}
         return item
 
     def _valid_mask(self, original_hw: tuple[int, int]) -> Tensor:
         if self.preprocess.mode == "stretch":
             return torch.ones(1, self.grid_size, self.grid_size)
         return self.preprocess.build_valid_mask(original_hw, self.grid_size)
+
+
+def _size_of(pixels_chw: Tensor) -> tuple[int, int]:
+    return pixels_chw.shape[-2], pixels_chw.shape[-1]
