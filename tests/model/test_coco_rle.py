@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from sam3.coco_rle import decode_mask, encode_mask
+from sam3.coco_rle import decode_mask, decode_runs, encode_mask
 
 
 def masks() -> list[np.ndarray]:
@@ -37,3 +37,21 @@ def test_what_is_no_mask_is_refused() -> None:
         encode_mask(np.zeros((3, 3), np.uint8))
     with pytest.raises(ValueError, match="add up to 9, not to 3 x 4"):
         decode_mask({"size": [3, 4], "counts": encode_mask(np.eye(3, dtype=bool))["counts"]})
+
+
+def test_many_masks_are_read_at_once_as_one_by_one() -> None:
+    strings = [encode_mask(mask)["counts"] for mask in masks()]
+    runs, offsets = decode_runs(strings)
+    for i, mask in enumerate(masks()):
+        own = runs[offsets[i] : offsets[i + 1]]
+        assert own[1::2].sum() == mask.sum()
+        np.testing.assert_array_equal(own, decode_runs([strings[i]])[0])
+    assert [len(part) for part in decode_runs([])] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"), [("9 9", "string 1 holds the character ' '"), ("99o", "string 1 ends inside a number")]
+)
+def test_a_damaged_string_is_named(damaged: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode_runs(["9", damaged, "9"])
