@@ -111,3 +111,14 @@ def test_no_objects_can_be_allowed_and_a_missing_file_is_named(tmp_path: Path) -
 def test_broken_segmentations_are_refused(segmentation: object, said: str) -> None:
     with pytest.raises(AnnotationError, match=said):
         decode_segmentation(segmentation, (8, 6), "here")
+
+
+def test_malformed_objects_can_be_set_aside() -> None:
+    record = make_annotation(1)
+    del record["annotations"][0]["area"]
+    content = json.dumps(record).encode()
+    with pytest.raises(AnnotationError, match="object 0"):
+        parse_sa1b_annotation(content, "sa_1.json")
+    malformed: list[str] = []
+    assert [each.object_id for each in parse_sa1b_annotation(content, "sa_1.json", malformed=malformed)] == [2]
+    assert len(malformed) == 1 and "sa_1.json: object 0 is malformed: no field 'area'" in malformed[0]

@@ -70,13 +70,16 @@ def load_sa1b_annotation(path: str | Path, allow_empty: bool = False) -> list[Sa
     return parse_sa1b_annotation(content, str(path), allow_empty)
 
 
-def parse_sa1b_annotation(content: bytes, where: str, allow_empty: bool = False) -> list[Sa1bObject]:
+def parse_sa1b_annotation(
+    content: bytes, where: str, allow_empty: bool = False, malformed: list[str] | None = None
+) -> list[Sa1bObject]:
     """The objects in an annotation file's bytes; see `load_sa1b_annotation`.
 
     Args:
         content: The JSON text.
         where: What messages call the file.
         allow_empty: An image without objects gives an empty list instead of an error.
+        malformed: If given, a malformed object is left out and the reason added here, instead of raising.
     """
     if not content.strip():
         raise AnnotationError(f"{where}: the annotation file is empty; unpack it again or remove it")
@@ -93,7 +96,15 @@ def parse_sa1b_annotation(content: bytes, where: str, allow_empty: bool = False)
         ) from None
     if not entries and not allow_empty:
         raise AnnotationError(f"{where}: has no object (annotations is empty); leave this image out")
-    return [_parse_object(entry, size_hw, f"{where}: object {position}") for position, entry in enumerate(entries)]
+    objects = []
+    for position, entry in enumerate(entries):
+        try:
+            objects.append(_parse_object(entry, size_hw, f"{where}: object {position}"))
+        except AnnotationError as error:
+            if malformed is None:
+                raise
+            malformed.append(str(error))
+    return objects
 
 
 def _parse_object(entry: Any, size_hw: tuple[int, int], where: str) -> Sa1bObject:
