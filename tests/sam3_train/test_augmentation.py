@@ -86,3 +86,12 @@ def test_a_spec_travels_as_plain_types_and_refuses_nonsense() -> None:
         AugmentSpec(min_crop_area=0.0)
     with pytest.raises(ValueError, match="seed must lie in"):
         view_of_seed(SPEC, -1)
+
+
+def test_the_window_is_where_the_pixels_are_cut() -> None:
+    pixels = photo()
+    for i in range(20):
+        view = view_of_seed(SPEC, i)
+        top, left, height, width = view.window((30, 45))
+        cut = pixels[:, top : top + height, left : left + width]
+        assert torch.equal(view.apply(pixels), cut.flip(-1) if view.is_flipped else cut)

@@ -62,11 +62,16 @@ class View:
     side: float = 1.0
     """Width of the crop over that of the image; the same for the heights."""
 
-    def apply(self, pixels_chw: Tensor) -> Tensor:
-        """The view of an image (C, H, W): a contiguous tensor (C, h, w)."""
-        height, width = pixels_chw.shape[-2:]
+    def window(self, image_hw: tuple[int, int]) -> tuple[int, int, int, int]:
+        """Top, left, height and width in pixels of the crop of an image of this size, before the flip."""
+        height, width = image_hw
         crop_h, crop_w = max(1, round(height * self.side)), max(1, round(width * self.side))
         top, left = min(round(height * self.top), height - crop_h), min(round(width * self.left), width - crop_w)
+        return top, left, crop_h, crop_w
+
+    def apply(self, pixels_chw: Tensor) -> Tensor:
+        """The view of an image (C, H, W): a contiguous tensor (C, h, w)."""
+        top, left, crop_h, crop_w = self.window((pixels_chw.shape[-2], pixels_chw.shape[-1]))
         view = pixels_chw[:, top : top + crop_h, left : left + crop_w]
         return (view.flip(-1) if self.is_flipped else view).contiguous()
 
