@@ -50,6 +50,9 @@ class ItemExtras(Protocol):
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """More entries for the batch of some items, at least one."""
 
+    def report(self, batch: dict[str, Any]) -> None:
+        """Take note of a batch that the loader is about to hand out; called in the main process."""
+
 
 @dataclass(frozen=True)
 class Photo:

@@ -105,6 +105,7 @@ class DistillationLoader(DataLoader[dict[str, Any]]):
         return self._checked(batches)
 
     def _checked(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        extras = extras_of(self.dataset)
         for batch in batches:
             if "error" in batch:
                 raise UserError(batch["error"])
@@ -115,6 +116,8 @@ class DistillationLoader(DataLoader[dict[str, Any]]):
                         f"every image of a batch is unreadable, e.g. {batch['bad'][0][1]}; list the bad ones with "
                         "python -m sam3_train.data.validate and name the list in DATA.BAD_IMAGES"
                     )
+            if extras is not None:
+                extras.report(batch)
             yield batch
 
 
