@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # Mixed into the ids of prompts that were cut down; arbitrary, non-negative and different.
 _BOX_ONLY, _POINTS_ONLY = 0x35A1D7C24E9B6F03, 0x1C6F93E05B28D4A7
 
