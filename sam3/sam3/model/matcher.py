@@ -77,7 +77,14 @@ class BinaryHungarianMatcherV2(nn.Module):
         self.gamma = gamma
 
     @torch.no_grad()
-    def forward(self, logits_bq: Tensor, boxes_bqx: Tensor, targets: SetTargets, repeats: int = 1) -> Matches:
+    def forward(
+        self,
+        logits_bq: Tensor,
+        boxes_bqx: Tensor,
+        targets: SetTargets,
+        repeats: int = 1,
+        more_costs_bqt: Tensor | None = None,
+    ) -> Matches:
         """
         Args:
             logits_bq: Class logits, (B, Q).
@@ -85,6 +92,7 @@ class BinaryHungarianMatcherV2(nn.Module):
             targets: Objects per prompt.
             repeats: How many queries each object gets (more than 1 for a one-to-many branch), as far as there are
                 queries.
+            more_costs_bqt: Added to the costs of giving each query each object, e.g. of their masks, (B, Q, T).
 
         Returns:
             The pairs, ordered by prompt.
@@ -95,6 +103,8 @@ class BinaryHungarianMatcherV2(nn.Module):
         from scipy.optimize import linear_sum_assignment
 
         costs_bqt = self._costs(logits_bq.float(), boxes_bqx.float(), targets)
+        if more_costs_bqt is not None:
+            costs_bqt = costs_bqt + more_costs_bqt
         counts = targets.valid_bt.sum(dim=1).tolist()
         order = targets.valid_bt.long().argsort(dim=1, descending=True, stable=True)
         costs_bqt = costs_bqt.gather(2, order[:, None].expand_as(costs_bqt)).cpu()
