@@ -79,7 +79,7 @@ def _prompt_defaults() -> CfgNode:
     prompts.POINT_SHARE = 1.0  # weight of asking it with points alone
     prompts.BOTH_SHARE = 1.0  # weight of asking it with both
     prompts.NUM_POINTS = [1, 1]  # fewest and most points of an object that is asked with points
-    # distance (the deeper inside the likelier) | uniform | stored (the annotation's clicks) | centre (the deepest first)
+    # distance (the deeper inside the likelier) | uniform | stored (the clicks of the annotation) | centre (the deepest)
     prompts.POINT_SAMPLING = "distance"
     prompts.BOX_JITTER = 0.1  # deviation of a box corner's shift as a share of the side; shifts end at twice that
     prompts.BOX_MAX_SHIFT_PX = 20.0  # no corner is shifted further, in pixels of the photo
