@@ -15,6 +15,7 @@ import typing
 from dataclasses import dataclass, field
 from typing import Any
 
+from sam3.efficient_memory_config import EfficientMemoryConfig, efficient_memory_preset
 from sam3.tracker_config import MemoryAttentionConfig, MemoryEncoderConfig, TrackerConfig
 
 
@@ -192,6 +193,8 @@ class Sam3Config:
     segmentation_head: SegmentationHeadConfig = field(default_factory=SegmentationHeadConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
     student: StudentConfig | None = None
+    efficient_memory: EfficientMemoryConfig | None = None
+    """The compressed memory, in place of the released memory attention; None: the released one."""
 
     def __post_init__(self) -> None:
         if self.image_size_px % self.trunk.patch_size_px:
@@ -222,6 +225,12 @@ class Sam3Config:
     def replace(self, **changes: Any) -> Sam3Config:
         """A copy with some fields changed (``dataclasses.replace``)."""
         return dataclasses.replace(self, **changes)
+
+    def with_efficient_memory(
+        self, memory: EfficientMemoryConfig | None = None, compat: str | None = None
+    ) -> Sam3Config:
+        """A copy with a compressed memory: the given one, else the preset that fits (see `efficient_memory_preset`)."""
+        return self.replace(efficient_memory=memory or efficient_memory_preset(self.name, compat))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and scalars, so that it can be stored in JSON and in a weights-only checkpoint."""
