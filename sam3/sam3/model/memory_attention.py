@@ -195,9 +195,9 @@ class MemoryAttention(nn.Module):
         first, *others = (cast(MemoryAttentionLayer, layer) for layer in self.layers)
         x = first.read_frame(x, table)
         if memory.top_k is not None and memory.spatial.shape[1] > memory.num_fixed + memory.top_k:
-            keys, values, bias = _join(memory, self._most_attended(first, x, memory, size_hw))
+            keys, values, bias = join_memories(memory, self._most_attended(first, x, memory, size_hw))
         else:
-            keys, values, bias = _join(memory)
+            keys, values, bias = join_memories(memory)
         num_pointers = memory.pointers.shape[1]
         x = first.read_memory(x, table, keys, values, num_pointers, bias)
         for layer in others:
@@ -213,30 +213,44 @@ class MemoryAttention(nn.Module):
         The others are ranked by the share of the first layer's attention that they get, between every n-th token of
         the current frame and of the memories in each direction.
         """
-        assert memory.top_k is not None
-        height, width = size_hw
-        step = max(1, -(-max(size_hw) // _SAMPLED_SIDE))
-        cells = torch.arange(height * width, device=x.device).unflatten(0, size_hw)[
-            step // 2 :: step, step // 2 :: step
-        ]
-        cells = cells.flatten()
+        cells = sampled_cells(size_hw, x.device)
         table = self.rotary(size_hw)[cells]
-        batch, num_frames = memory.spatial.shape[:2]
         keys = memory.spatial[:, :, cells] + memory.spatial_codes[:, cells]
         attention = layer.cross_attn_image
         q = attention.queries(layer.norm2(x[:, cells]), table)
         k = attention.keys(keys.flatten(1, 2), table)
-        logits = (q @ k.transpose(-1, -2)).to(torch.float32) * q.shape[-1] ** -0.5
-        mass = logits.unflatten(-1, (num_frames, -1)).logsumexp(-1)
-        if memory.frame_bias is not None:
-            mass = mass + memory.frame_bias
-        shares = mass.softmax(-1).mean(dim=(1, 2))[:, memory.num_fixed :]
-        chosen = memory.num_fixed + shares.topk(memory.top_k, dim=1).indices.sort(dim=1).values
-        fixed = torch.arange(memory.num_fixed, device=x.device).expand(batch, -1)
-        return torch.cat([fixed, chosen], dim=1)
+        return most_attended_frames(q, k, memory)
 
 
-def _join(memory: MemoryTokens, frames: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def sampled_cells(size_hw: tuple[int, int], device: torch.device) -> Tensor:
+    """Every n-th cell of a grid in each direction, as indices of its tokens, (n,)."""
+    height, width = size_hw
+    step = max(1, -(-max(size_hw) // _SAMPLED_SIDE))
+    cells = torch.arange(height * width, device=device).unflatten(0, size_hw)
+    return cells[step // 2 :: step, step // 2 :: step].flatten()
+
+
+def most_attended_frames(q: Tensor, k: Tensor, memory: MemoryTokens) -> Tensor:
+    """Frames that each object reads, (B, num_fixed + top_k), in their order.
+
+    Args:
+        q: Queries of some of the current frame's tokens, (B or 1, heads, n, D).
+        k: Keys of the same number of tokens of each memory, (B, heads, F m, D).
+        memory: Says which frames are read in any case, and how many of the others.
+    """
+    assert memory.top_k is not None
+    batch, num_frames = memory.spatial.shape[:2]
+    logits = (q @ k.transpose(-1, -2)).to(torch.float32) * q.shape[-1] ** -0.5
+    mass = logits.unflatten(-1, (num_frames, -1)).logsumexp(-1)
+    if memory.frame_bias is not None:
+        mass = mass + memory.frame_bias
+    shares = mass.softmax(-1).mean(dim=(1, 2))[:, memory.num_fixed :]
+    chosen = memory.num_fixed + shares.topk(memory.top_k, dim=1).indices.sort(dim=1).values
+    fixed = torch.arange(memory.num_fixed, device=q.device).expand(batch, -1)
+    return torch.cat([fixed, chosen], dim=1)
+
+
+def join_memories(memory: MemoryTokens, frames: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values, (B, N, Cm), and the bias of each key, (B or 1, 1, 1, N), of the frames (B, K) or of all."""
     values, codes, bias = memory.spatial, memory.spatial_codes, memory.frame_bias
     keys = values + codes
