@@ -14,6 +14,9 @@ import numpy as np
 
 from sam3_train.errors import UserError
 
+_MOST_DIGITS = 9
+"""Of a number in a compressed RLE: 45 bits hold any run of pixels, and the arithmetic of 64 bits holds their sums."""
+
 
 class AnnotationError(UserError):
     """An annotation that is missing, malformed or empty; the message names the file."""
@@ -163,38 +166,42 @@ def decode_segmentation(segmentation: Any, size_hw: tuple[int, int], where: str)
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).astype(bool)
 
 
-def _counts_of_string(text: str | bytes, where: str) -> list[int]:
-    """Run lengths of a compressed RLE.
+def _counts_of_string(text: str | bytes, where: str) -> np.ndarray:
+    """Run lengths of a compressed RLE, int64.
 
     COCO's format: digits of 5 bits offset by 48, least significant first; bit 5 says that more follow, bit 4 of the
     last digit is the sign; from the fourth number on each is the difference to the one two before. Decoded here because
     pycocotools accepts a string that ends too early and fills the rest of the mask.
     """
     data = text.encode("ascii", "replace") if isinstance(text, str) else text
-    counts: list[int] = []
-    value = shift = 0
-    for character in data:
-        digit = character - 48
-        if not 0 <= digit < 64:
-            raise AnnotationError(f"{where}: RLE counts hold the character {chr(character)!r}")
-        value |= (digit & 31) << shift
-        shift += 5
-        if not digit & 32:
-            if digit & 16:
-                value -= 1 << shift
-            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-            value = shift = 0
-    if shift:
+    digits = np.frombuffer(data, np.uint8).astype(np.int64) - 48
+    strange = (digits < 0) | (digits > 63)
+    if strange.any():
+        raise AnnotationError(f"{where}: RLE counts hold the character {chr(data[int(strange.argmax())])!r}")
+    ends = np.flatnonzero(digits < 32)
+    if not len(ends) or ends[-1] != len(digits) - 1:
         raise AnnotationError(f"{where}: RLE counts are cut off")
-    return counts
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lengths = ends - starts + 1
+    if lengths.max() > _MOST_DIGITS:
+        raise AnnotationError(f"{where}: RLE counts hold a number of {lengths.max()} digits, more than any image needs")
+    shifts = 5 * (np.arange(len(digits)) - np.repeat(starts, lengths))
+    values = np.add.reduceat((digits & 31) << shifts, starts)
+    values -= np.where(digits[ends] & 16, np.int64(1) << 5 * lengths, 0)
+    values[1::2] = np.cumsum(values[1::2])
+    values[2::2] = np.cumsum(values[2::2])
+    return values
 
 
-def _decode_counts(counts: list[Any], size_hw: tuple[int, int], where: str) -> np.ndarray:
+def _decode_counts(counts: list[Any] | np.ndarray, size_hw: tuple[int, int], where: str) -> np.ndarray:
     height, width = size_hw
-    if not all(isinstance(count, int) and count >= 0 for count in counts) or sum(counts) != height * width:
+    if isinstance(counts, list):
+        fits = all(isinstance(count, int) and 0 <= count <= height * width for count in counts)
+        counts = np.array(counts if fits else [-1], np.int64)
+    # Each by itself first: the sum of absurd ones may overflow to anything.
+    if ((counts < 0) | (counts > height * width)).any() or counts.sum() != height * width:
         raise AnnotationError(f"{where}: RLE runs do not fill the image of {height} x {width} pixels")
-    runs = np.arange(len(counts)) % 2 == 1
-    return np.repeat(runs, np.array(counts, np.int64)).reshape(width, height).T
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
 
 
 def _describe(error: Exception) -> str:
