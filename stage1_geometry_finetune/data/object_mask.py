@@ -14,7 +14,7 @@ from sam3.preprocess import Preprocess
 from sam3_train.data.augmentation import View
 from sam3_train.data.mask_coverage import coverage_on_model
 
-_DEPTH_SIDE = 256
+_DEPTH_SIDE = 128
 """Depths are measured on every n-th pixel of a mask whose sides are longer than this."""
 
 
@@ -83,7 +83,8 @@ def mask_on_model(mask: ObjectMask, preprocess: Preprocess, side: int) -> np.nda
         bool (M, M), never empty.
     """
     covered = coverage_on_model(mask.inside, mask.top, mask.left, mask.view_hw, preprocess, side)
-    return covered.on_grid(side) >= max(min(0.5, float(covered.shares.max())), np.finfo(np.float32).tiny)
+    most = float(covered.shares.max())
+    return covered.on_grid(side) >= (0.5 if most >= 0.5 else most / 2)
 
 
 def depth_map(mask: ObjectMask) -> tuple[np.ndarray, int]:

@@ -167,16 +167,36 @@ def draw_points(
     if not missing:
         return np.array(first, np.float32)
     if sampling == "uniform":
-        weights, step = mask.inside, 1
+        pixels, step = _draw_evenly(mask.inside, missing, generator), 1
+        shape = mask.inside.shape
     else:
-        weights, step = depth_map(mask)
-    chosen = _draw_pixels(weights, missing, sampling == "centre", generator)
-    rows, columns = np.divmod(np.array(chosen), weights.shape[1])
+        depths, step = depth_map(mask)
+        pixels = _draw_by_weight(depths, missing, sampling == "centre", generator)
+        shape = depths.shape
+    rows, columns = np.divmod(np.array(pixels), shape[1])
     middles = np.stack([columns, rows], axis=1) * step + step // 2 + 0.5 + (mask.left, mask.top)
     return np.array([*first, *middles.tolist()], np.float32)
 
 
-def _draw_pixels(weights_hw: np.ndarray, num: int, heaviest_first: bool, generator: torch.Generator) -> list[int]:
+def _draw_evenly(inside_hw: np.ndarray, num: int, generator: torch.Generator) -> list[int]:
+    """Flat positions of pixels, all equally likely; different ones while there are any."""
+    in_row = np.cumsum(np.count_nonzero(inside_hw, axis=1))
+    chosen: list[int] = []
+    ranks: list[int] = []
+    for draw in torch.rand(num, generator=generator, dtype=torch.float64).tolist():
+        if len(ranks) == in_row[-1]:
+            ranks.clear()
+        rank = int(draw * (int(in_row[-1]) - len(ranks)))
+        for taken in sorted(ranks):  # counted among the pixels that are not taken
+            rank += rank >= taken
+        ranks.append(rank)
+        row = int(np.searchsorted(in_row, rank, side="right"))
+        column = np.flatnonzero(inside_hw[row])[rank - (int(in_row[row - 1]) if row else 0)]
+        chosen.append(row * inside_hw.shape[1] + int(column))
+    return chosen
+
+
+def _draw_by_weight(weights_hw: np.ndarray, num: int, heaviest_first: bool, generator: torch.Generator) -> list[int]:
     """Flat positions, drawn with a probability in proportion to their weight; different ones while there are any."""
     positions = np.flatnonzero(weights_hw)
     weights = weights_hw.ravel()[positions].astype(np.float64)
