@@ -12,6 +12,7 @@ from video_clips import FPS, frame_number, frame_pixels, rotate_in_header, write
 
 from sam3.video.frame_source import FrameRangeError, VideoDecodeError, VideoInputError, open_frames
 from sam3.video.video_file import VideoFileFrames
+from sam3.video.video_index import read_header
 
 try:
     import decord
@@ -192,3 +193,13 @@ def test_frames_of_changing_size_are_refused_where_they_change(tmp_path) -> None
         assert [frame_number(frames.frame(i)) for i in range(10)] == list(range(10))
         with pytest.raises(VideoDecodeError, match="frame 10 has 48 x 32 pixels, the first frame 64 x 48"):
             frames.frame(10)
+
+
+def test_the_header_is_read_alone(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "a.mp4", 20)
+    assert read_header(path) == ((48, 64), 20)
+    with pytest.raises(VideoInputError, match="no such file"):
+        read_header(tmp_path / "b.mp4")
+    path.write_bytes(b"no video")
+    with pytest.raises(VideoInputError, match="not a video that can be read"):
+        read_header(path)

@@ -42,6 +42,28 @@ class VideoIndex:
     """Why frames are missing at the end."""
 
 
+class VideoHeader(NamedTuple):
+    """What a video file says about itself."""
+
+    size_hw: tuple[int, int]
+    """As stored: a phone's rotation is not applied."""
+    num_frames: int
+    """0 where the header does not say."""
+
+
+def read_header(file: str | Path) -> VideoHeader:
+    """Read a video file's header alone, which is quick for files of any length.
+
+    Raises:
+        VideoInputError: If the file is missing or no video.
+    """
+    name = str(file)
+    with _opened(file, name) as container:
+        stream = _find_stream(container, name)
+        context = stream.codec_context
+        return VideoHeader((context.height, context.width), stream.frames)
+
+
 def index_video(file: str | Path | bytes) -> VideoIndex:
     """Read a video file's structure and its first frame.
 
@@ -51,13 +73,7 @@ def index_video(file: str | Path | bytes) -> VideoIndex:
     import av
 
     name = "the video's bytes" if isinstance(file, bytes) else str(file)
-    if not isinstance(file, bytes) and not Path(file).is_file():
-        raise VideoInputError(f"{name}: no such file or folder")
-    try:
-        container = av.open(as_input(file))
-    except av.FFmpegError as error:
-        raise VideoInputError(f"{name}: not a video that can be read, or cut off ({describe_error(error)})") from None
-    with container:
+    with _opened(file, name) as container:
         stream = _find_stream(container, name)
         scan = _scan(container, stream)
         times, is_exact, fault = scan.times, scan.is_exact, scan.fault
@@ -83,6 +99,17 @@ def index_video(file: str | Path | bytes) -> VideoIndex:
     return VideoIndex(
         name, size_hw, times, time_base, num_frames, fps, stream_index, is_exact, scan.has_fixed_size, fault
     )
+
+
+def _opened(file: str | Path | bytes, name: str) -> Any:
+    import av
+
+    if not isinstance(file, bytes) and not Path(file).is_file():
+        raise VideoInputError(f"{name}: no such file or folder")
+    try:
+        return av.open(as_input(file))
+    except av.FFmpegError as error:
+        raise VideoInputError(f"{name}: not a video that can be read, or cut off ({describe_error(error)})") from None
 
 
 def _find_stream(container: Any, name: str) -> Any:
