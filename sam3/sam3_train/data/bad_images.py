@@ -44,11 +44,22 @@ class BadImageLog:
         path: The list to append to; made on the first bad image. None keeps the list in memory only.
         limit: Distinct bad images that are tolerated in the whole run.
         left_out: Listed images that do not count, because the run leaves them out (``DATA.BAD_IMAGES``).
+        noun: What messages call what cannot be read.
+        how_to_leave_out: What messages recommend for what cannot be repaired.
     """
 
-    def __init__(self, path: str | Path | None, limit: int, left_out: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        path: str | Path | None,
+        limit: int,
+        left_out: Collection[str] = (),
+        *,
+        noun: str = "unreadable images",
+        how_to_leave_out: str = "leave them out (DATA.BAD_IMAGES)",
+    ) -> None:
         self.path = None if path is None else Path(path)
         self.limit = limit
+        self._noun, self._how_to_leave_out = noun, how_to_leave_out
         self.reasons: dict[str, str] = {}
         """What this process has met: reason by key."""
         self._left_out = frozenset(left_out)
@@ -82,8 +93,8 @@ class BadImageLog:
             listed = f"; they are listed in {self.path}" if self.path else ""
             remedy = "Repair them and take them off the list" if self.path else "Repair them"
             raise UserError(
-                f"{len(counted)} unreadable images, more than the {self.limit} that DATA.MAX_BAD_FRACTION allows"
-                f"{listed}. {remedy}, leave them out (DATA.BAD_IMAGES) or raise the limit; the newest: {counted[-1]}"
+                f"{len(counted)} {self._noun}, more than the {self.limit} that DATA.MAX_BAD_FRACTION allows"
+                f"{listed}. {remedy}, {self._how_to_leave_out} or raise the limit; the newest: {counted[-1]}"
             )
 
     def _append(self, text: str) -> None:
