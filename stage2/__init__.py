@@ -1,0 +1,1 @@
+"""Stage 2: train the tracker's compressed memory on videos."""

@@ -1,0 +1,1 @@
+"""Clips of annotated videos, and images as clips of one frame."""
