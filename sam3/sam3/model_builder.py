@@ -14,6 +14,7 @@ from sam3.devices import find_device
 from sam3.hub import download_ckpt_from_hf
 from sam3.model.building import building_on
 from sam3.model.decoder import TransformerDecoder, TransformerWrapper
+from sam3.model.efficient_sam3_tracker import EfficientSam3Tracker
 from sam3.model.fusion_encoder import TransformerEncoderFusion
 from sam3.model.geometry import SequenceGeometryEncoder
 from sam3.model.matcher import BinaryHungarianMatcherV2
@@ -87,7 +88,8 @@ def assemble_image_model(
             parts, which only they read, are left out too.
         enable_text_encoder: Build the text encoder. Without it, text features come from the caller.
         enable_segmentation: Build the detector's mask head. Without it the detector gives boxes alone.
-        enable_tracker: Build the tracker, which is the SAM heads with a memory, and what they need.
+        enable_tracker: Build the tracker, which is the SAM heads with a memory, and what they need. Its memory is the
+            compressed one where ``config.efficient_memory`` describes one, else the released one.
     """
     enable_inst_interactivity = enable_inst_interactivity or enable_tracker
     device = torch.device(device or "cpu")
@@ -96,11 +98,18 @@ def assemble_image_model(
         trunk = build_trunk(config)
     with building_on(device):
         neck = Sam3DualViTDetNeck(trunk, config, add_sam2_neck=enable_inst_interactivity)
-        heads = (Sam3Tracker if enable_tracker else SamHeads)(config) if enable_inst_interactivity else None
+        heads = _build_heads(config, enable_tracker) if enable_inst_interactivity else None
         text = VETextEncoder(config.text, config.hidden_dim) if enable_detector and enable_text_encoder else None
         detector = _build_detector(config, enable_segmentation) if enable_detector else {}
         preprocess = preprocess or Preprocess(size_px=config.image_size_px)
         return Sam3Image(config, SAM3VLBackbone(neck, text), preprocess, heads, **detector)
+
+
+def _build_heads(config: Sam3Config, enable_tracker: bool) -> SamHeads:
+    """The SAM heads, alone or with the memory of the description."""
+    if not enable_tracker:
+        return SamHeads(config)
+    return Sam3Tracker(config) if config.efficient_memory is None else EfficientSam3Tracker(config)
 
 
 def _build_detector(config: Sam3Config, enable_segmentation: bool) -> dict[str, Any]:

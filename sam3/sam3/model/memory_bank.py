@@ -31,7 +31,7 @@ class FrameRecord:
     object_score_logits: Tensor
     """Whether each object is in the frame, float32, (B, 1), above 0 if it is."""
     maskmem_features: Tensor | None = None
-    """Spatial memory, (B, Cm, G, G), in the tracker's ``memory_dtype``."""
+    """Spatial memory, in the tracker's ``memory_dtype``: (B, Cm, G, G), of a compressed memory (B, tokens, Cm)."""
     iou_score: Tensor | None = None
     """Predicted IoU of the mask that was chosen, float32, (B,)."""
     eff_iou_score: Tensor | None = None

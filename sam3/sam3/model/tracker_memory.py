@@ -64,7 +64,7 @@ class TrackerMemory(SamHeads):
         mem_dim = self.settings.mem_dim
         self.config = config
         self.memory_dtype = memory_dtype
-        self.transformer = _TransformerWrapper(MemoryAttention(config))
+        self._build_memory_attention(config)
         self.maskmem_backbone = SimpleMaskEncoder(config)
         self.mask_downsample = nn.Conv2d(1, 1, 4, stride=4)
         self.obj_ptr_proj = MLP(dim, dim, dim, 3)
@@ -77,6 +77,10 @@ class TrackerMemory(SamHeads):
         for table in (self.maskmem_tpos_enc, self.no_mem_pos_enc, self.no_obj_ptr, self.no_obj_embed_spatial):
             nn.init.trunc_normal_(table, std=0.02)
         self.memory_code = SineTable(mem_dim, config.grid_size)
+
+    def _build_memory_attention(self, config: Sam3Config) -> None:
+        """What `attend` works with."""
+        self.transformer = _TransformerWrapper(MemoryAttention(config))
 
     def frame_features(self, sam2_backbone_out: dict[str, Any]) -> TrackerFeatures:
         """Narrow the second neck's maps, once per frame.
@@ -100,7 +104,7 @@ class TrackerMemory(SamHeads):
         is_mask_from_points: bool,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """The spatial memory of B objects on a frame, (B, Cm, G, G).
+        """The spatial memory of B objects on a frame, as `compress` leaves it.
 
         Args:
             features: Of the frame.
@@ -122,7 +126,23 @@ class TrackerMemory(SamHeads):
         memory = self.maskmem_backbone(features.coarse, masks.to(features.coarse.dtype))
         absent = (object_score_logits <= 0).to(memory.dtype)
         memory = memory + (absent * self.no_obj_embed_spatial)[..., None, None]
-        return memory.to(self.memory_dtype if dtype is None else dtype)
+        return self.compress(memory).to(self.memory_dtype if dtype is None else dtype)
+
+    def compress(self, memory_bchw: Tensor) -> Tensor:
+        """What is stored of memories (B, Cm, G, G): the maps themselves."""
+        return memory_bchw
+
+    def stored_tokens(self, stored: Tensor) -> Tensor:
+        """The tokens of what `compress` returned, (B, L, Cm)."""
+        return stored.flatten(2).transpose(1, 2)
+
+    def token_codes(self, grid_hw: tuple[int, int]) -> Tensor:
+        """Position codes of the tokens of a frame with that grid, (L, Cm)."""
+        return self.memory_code(grid_hw)
+
+    def attend(self, features: TrackerFeatures, memory: MemoryTokens) -> Tensor:
+        """The frame as B objects see it through their memories, (B, C, G, G)."""
+        return self.transformer.encoder(features.coarse, memory)
 
     def without_memory(self, features: TrackerFeatures) -> Tensor:
         """What a frame without memory shows to the decoder, (1, C, G, G)."""
@@ -191,7 +211,7 @@ class TrackerMemory(SamHeads):
         Raises:
             ValueError: If a record's memory was dropped or never made.
         """
-        return self.transformer.encoder(features.coarse, self.memory_tokens(features, memories, pointers, num_frames))
+        return self.attend(features, self.memory_tokens(features, memories, pointers, num_frames))
 
     def memory_tokens(
         self,
@@ -208,11 +228,11 @@ class TrackerMemory(SamHeads):
         for frame_idx, record, *_ in memories:
             if record.maskmem_features is None:
                 raise ValueError(f"the memory of frame {frame_idx} was dropped or never made, and is needed now")
-            maps.append(record.maskmem_features.to(weight.device, weight.dtype).flatten(2).transpose(1, 2))
-        empty = weight.new_zeros(num_objects, 0, grid_hw[0] * grid_hw[1], weight.shape[-1])
-        spatial = torch.stack(maps, dim=1) if maps else empty
+            maps.append(self.stored_tokens(record.maskmem_features.to(weight.device, weight.dtype)))
+        places = self.token_codes(grid_hw).to(weight.dtype)
+        spatial = torch.stack(maps, dim=1) if maps else weight.new_zeros(num_objects, 0, *places.shape)
         rows = self.maskmem_tpos_enc[[memory.temporal_index for memory in memories], 0]
-        codes = self.memory_code(grid_hw).to(weight.dtype) + rows
+        codes = places + rows
         bias = None
         if self.settings.memory_decay:
             bias = -self.settings.memory_decay * torch.tensor([float(m.age) for m in memories], device=weight.device)
