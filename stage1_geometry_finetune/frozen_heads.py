@@ -359,6 +359,35 @@ class FrozenHeads:
             own[name].copy_(value)
 
 
+def trained_part_sizes(
+    config: Sam3Config, *, detector: bool, sam: bool, neck: bool, mask_decoder: bool
+) -> dict[str, int]:
+    """What a run trains beside the student, before anything is loaded.
+
+    Args:
+        config: The teacher's description.
+        detector: Whether the detector's route runs.
+        sam: Whether the SAM heads' route runs.
+        neck: Whether necks are trained.
+        mask_decoder: Whether what makes the masks is trained.
+
+    Returns:
+        Released prefix of each part that checkpoints will hold -> its number of values.
+    """
+    wanted = (detector and neck, sam and neck, detector and mask_decoder, sam and mask_decoder)
+    sizes = {part: 0 for part, is_trained in zip(_TRAINABLE_PARTS, wanted, strict=True) if is_trained}
+    if not sizes:
+        return {}
+    model = assemble_image_model(
+        config, None, sam, "meta", enable_detector=detector, enable_text_encoder=False, enable_segmentation=detector
+    )
+    for name, value in model.state_dict().items():
+        for part in sizes:
+            if name.startswith(part):
+                sizes[part] += value.numel()
+    return to_released(sizes, config)
+
+
 # --- prompts as the two parts take them -------------------------------------------------------------------------------
 
 

@@ -288,7 +288,8 @@ def _mask_terms(logits: Tensor, levels: Tensor, weights_m: Tensor, inside: Tenso
 
 
 def _passes(prompts: PromptBatch, size: int) -> Iterator[Tensor]:
-    yield from torch.arange(prompts.num_objects, device=prompts.has_box.device).split(size)
+    if prompts.num_objects:
+        yield from torch.arange(prompts.num_objects, device=prompts.has_box.device).split(size)
 
 
 def _passes_by_layout(prompts: PromptBatch, size: int) -> Iterator[Tensor]:

@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 
 from sam3.model.student_encoder import StudentEncoder
 from sam3_train.losses import masked_mse
-from sam3_train.metrics import mask_iou
+from sam3_train.metrics import image_means, mask_iou
 from sam3_train.student_task import StudentTask
 from stage1_geometry_finetune.frozen_heads import FrozenHeads, trim_points
 from stage1_geometry_finetune.losses import GeometryLossWeights, object_weights
@@ -29,7 +29,6 @@ from stage1_geometry_finetune.prompts import PromptBatch
 from stage1_geometry_finetune.refinement import refine_prompts
 from stage1_geometry_finetune.routes import DetectorRoute, Route, SamRoute, join_targets
 from stage1_geometry_finetune.teacher_cache import TeacherCache
-from stage1_geometry_finetune.validation import PROMPT_KINDS, image_means, prompts_from_masks
 
 _TERMS = ("mask_bce", "mask_dice", "score", "presence", "box")
 MEGABYTE = 2**20
@@ -238,8 +237,7 @@ class GeometryTask(StudentTask):
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Overlap of what a user would get with the annotated masks and with the teacher's.
 
-        Each object is asked for twice, with the tightest box around its mask and with a click on its innermost pixel,
-        whatever the batch's prompts are; nothing is random.
+        Each object is asked for with its box alone and with its clicks alone, as far as it has them. Nothing is random.
 
         Returns:
             (B,) each, NaN for an image without objects: ``truth_iou`` and ``teacher_iou``, the means over all routes
@@ -250,16 +248,16 @@ class GeometryTask(StudentTask):
         mse = partial(masked_mse, channel_var_c=self.variance_c)
         images = zip(features.split(1), batch["teacher"].split(1), batch["valid"].split(1), strict=True)
         values = {"mse": torch.stack([mse(*each) for each in images])}
-        asked = prompts_from_masks(batch["prompts"])
-        inside = self._inside(batch, asked["box"])
+        asked = {"box": batch["prompts"].boxes_only(), "click": batch["prompts"].points_only()}
         truth: list[Tensor] = []
         imitated: list[Tensor] = []
         teacher_truth: list[Tensor] = []
         for _, route in self.routes:
             own_maps = route.maps(features, of_teacher=False)
             teacher_maps = route.maps(batch["teacher"], of_teacher=True)
-            for kind in PROMPT_KINDS:
-                prompts = asked[kind]
+            for kind, prompts in asked.items():
+                prompts = prompts.select(prompts.has_box | prompts.is_point.any(1))
+                inside = self._inside(batch, prompts)
                 own, theirs = route.masks(own_maps, prompts, False), route.masks(teacher_maps, prompts, True)
                 if inside is not None:
                     own, theirs = own & inside, theirs & inside

@@ -23,6 +23,19 @@ def mask_iou(predicted_nhw: Tensor, target_nhw: Tensor) -> Tensor:
     return torch.where(union > 0, intersection / union.clamp(min=1), torch.ones_like(union))
 
 
+def image_means(values_k: Tensor, image_of_object: Tensor, num_images: int) -> Tensor:
+    """Mean over the objects of each image, (B,); NaN for an image without any.
+
+    Args:
+        values_k: One value per object, (K,).
+        image_of_object: Whose image each is, int64 (K,).
+        num_images: B.
+    """
+    sums, counts = values_k.new_zeros(num_images), values_k.new_zeros(num_images)
+    sums = sums.index_add(0, image_of_object, values_k)
+    return sums / counts.index_add(0, image_of_object, torch.ones_like(values_k))
+
+
 class RunningMean:
     """Means of named values, kept on their device until they are read: adding never waits for the device."""
 
