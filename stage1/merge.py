@@ -33,7 +33,7 @@ from sam3_train.merged_proof import (
     usage_lines,
     written_aside,
 )
-from sam3_train.student_checkpoint import StudentCheckpoint, build_trained_student, read_student
+from sam3_train.student_checkpoint import StudentCheckpoint, build_trained_student, check_teacher, read_student
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -99,7 +99,8 @@ def merge_files(request: MergeRequest) -> MergeResult:
     released = released_layout(sam3, str(request.sam3_path))
     merged, report = splice(weights, released, model, request)
     teacher_trunk = trunk_sha256(released, model, request)
-    teacher_note = check_teacher(checkpoint, teacher_trunk, request)
+    remedy = "give --sam3-ckpt the file that the embeddings were exported with"
+    teacher_note = check_teacher(checkpoint, teacher_trunk, request.sam3_path, remedy, request.allow_other_teacher)
     try:
         require_representable(merged, dtype)
     except MergeError as error:
@@ -166,37 +167,6 @@ def trunk_sha256(released: Mapping[str, Tensor], model: Sam3Config, request: Mer
         trunk = build_trunk(teacher)
     load_trunk(trunk, teacher, weights, source=str(request.sam3_path))
     return state_dict_sha256(dict(trunk.named_parameters()))
-
-
-def check_teacher(checkpoint: StudentCheckpoint, trunk: str, request: MergeRequest) -> str:
-    """Compare the teacher that a student learned from with the one it is merged into.
-
-    Neck and heads of SAM 3 read the features of their own trunk, which are those that the student has to imitate.
-
-    Args:
-        checkpoint: The student's.
-        trunk: `trunk_sha256` of the SAM 3 file.
-        request: Names the files; ``allow_other_teacher`` makes a warning of the error.
-
-    Returns:
-        One line for the report.
-
-    Raises:
-        UserError: If the student learned from another teacher.
-    """
-    if checkpoint.teacher_sha256 is None:
-        return f"teacher not checked: {checkpoint.path} does not record which teacher the student learned from"
-    if checkpoint.teacher_sha256 == trunk:
-        return f"teacher checked: the student learned from this SAM 3 trunk (sha256 {trunk[:12]})"
-    difference = (
-        f"{checkpoint.path} learned from a teacher whose trunk has sha256 {checkpoint.teacher_sha256}, but the trunk "
-        f"in {request.sam3_path} has {trunk}"
-    )
-    if request.allow_other_teacher:
-        return f"warning: {difference}; merged because of --allow-other-teacher"
-    raise UserError(
-        f"{difference}: give --sam3-ckpt the file that the embeddings were exported with, or --allow-other-teacher"
-    )
 
 
 def _metadata(

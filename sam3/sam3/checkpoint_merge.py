@@ -3,11 +3,13 @@
 The teacher's trunk is replaced as a whole: every key under ``replace_prefix`` goes, every student key comes in under
 ``target_prefix``, and all else is kept untouched (the same tensor objects, so memory-mapped weights stay on disk until
 they are written). Nothing is forgiven: the student's keys must be exactly those of the described student, the keys that
-go exactly those of the described teacher trunk, shapes included, and no two tensors may want the same name.
+go exactly those of the described teacher trunk, shapes included, and no two tensors may want the same name. In a merged
+file a student trained further takes the place of the one that is there, key by key, with the same strictness.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +17,19 @@ import torch
 from torch import Tensor
 
 from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX
+from sam3.checkpoint_parts import NECK_PREFIX, SAM2_NECK_PREFIX, SEGMENTATION_PREFIX
 
 Shapes = Mapping[str, Sequence[int]]
 
 TRUNK_MARK = "vision_backbone.trunk."
 """Part of the name of every trunk parameter, whatever precedes it."""
+REPLACEABLE_PARTS = {
+    NECK_PREFIX: "detector neck",
+    SAM2_NECK_PREFIX: "SAM neck",
+    SEGMENTATION_PREFIX: "segmentation head",
+    "tracker.sam_mask_decoder.": "SAM mask decoder",
+}
+"""What a fine-tuning may train beside the student: beginnings of released names, and what people call it."""
 _SHOWN = 5
 
 
@@ -105,6 +115,72 @@ def merge_student(
         )
     report = MergeReport(len(incoming), len(trunk), len(kept), _bytes(incoming), _bytes(trunk), _bytes(kept))
     return {**incoming, **kept}, report
+
+
+@dataclass(frozen=True)
+class ReplaceReport:
+    """What a replacement did; keys are counted."""
+
+    num_student: int
+    """Student keys that were given."""
+    num_matched: int
+    """Of these, those that the merged file has with the same shape."""
+    num_replaced: int
+    """Of these, those whose tensor is now the given one."""
+    parts: Mapping[str, int]
+    """Replaced keys of each other part, by the name in `REPLACEABLE_PARTS`."""
+    num_total: int
+    """Keys of the result."""
+
+
+def replace_weights(
+    student: Mapping[str, Tensor],
+    parts: Mapping[str, Tensor],
+    merged: Mapping[str, Tensor],
+    student_shapes: Shapes,
+) -> tuple[dict[str, Tensor], ReplaceReport]:
+    """Put a student that was trained further, and parts trained with it, in the place of what a merged file holds.
+
+    Args:
+        student: The student's state dict under its published names.
+        parts: Other trained weights under their released names, all of `REPLACEABLE_PARTS`; {} for none.
+        merged: State dict of the merged file; tensors on the meta device will do.
+        student_shapes: Names and shapes that this student must have.
+
+    Returns:
+        The state dict with the same keys in the same order, each new tensor in the dtype of the one it replaces, all
+        others the same objects; and the report.
+
+    Raises:
+        MergeError: If the student's keys are not exactly the file's, shapes included, the file holds another trunk
+            beside its student, or lacks another trained key.
+    """
+    inside = {k.removeprefix(STUDENT_PREFIX): v for k, v in merged.items() if k.startswith(STUDENT_PREFIX)}
+    _require_same("the fine-tuned student", student, student_shapes)
+    _require_same("the student in the merged file", inside, student_shapes)
+    stale = sorted(k for k in merged if TRUNK_MARK in k and not k.startswith(STUDENT_PREFIX))
+    if stale:
+        raise MergeError(f"{len(stale)} keys of another trunk would stay in the file, such as {_some(stale)}")
+    incoming = {STUDENT_PREFIX + key: value for key, value in student.items()}
+    matched = sum(key in merged and merged[key].shape == value.shape for key, value in incoming.items())
+    num_parts = _count_parts(parts, merged)
+    replaced = dict(merged)
+    for key, value in {**incoming, **parts}.items():
+        is_float = value.is_floating_point() and merged[key].is_floating_point()
+        replaced[key] = value.to(merged[key].dtype) if is_float else value
+    num_replaced = sum(replaced[key] is not merged[key] for key in incoming)
+    return replaced, ReplaceReport(len(student), matched, num_replaced, num_parts, len(replaced))
+
+
+def _count_parts(parts: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many keys of each part are given; the merged file must have each with the same shape."""
+    strange = sorted(key for key in parts if not key.startswith(tuple(REPLACEABLE_PARTS)))
+    if strange:
+        raise MergeError(f"{len(strange)} trained keys are of no part that can be replaced, such as {_some(strange)}")
+    own = {key: merged[key] for key in parts if key in merged}
+    _require_same("the merged file, where more than the student was trained,", own, shapes_of(parts))
+    names = [name for key in parts for prefix, name in REPLACEABLE_PARTS.items() if key.startswith(prefix)]
+    return dict(Counter(names))
 
 
 def shapes_of(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

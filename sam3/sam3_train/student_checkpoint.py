@@ -131,3 +131,36 @@ def build_trained_student(checkpoint: StudentCheckpoint) -> StudentEncoder:
         )
     student.load_state_dict(student_from_published(checkpoint.weights, checkpoint.model.student.backbone))
     return student.requires_grad_(False)
+
+
+def check_teacher(checkpoint: StudentCheckpoint, trunk: str | None, path: Path, remedy: str, is_allowed: bool) -> str:
+    """Compare the teacher that a student learned from with the one whose neck and heads it will stand before.
+
+    They read the features of their own trunk, which are those that the student has to imitate.
+
+    Args:
+        checkpoint: The student's.
+        trunk: Hash of the trunk that neck and heads of ``path`` belong to; None if the file does not record it.
+        path: The file with neck and heads, for messages.
+        remedy: What to do about another teacher, beside ``--allow-other-teacher``.
+        is_allowed: Make a warning of the error.
+
+    Returns:
+        One line for the report.
+
+    Raises:
+        UserError: If the student learned from another teacher.
+    """
+    if checkpoint.teacher_sha256 is None:
+        return f"teacher not checked: {checkpoint.path} does not record which teacher the student learned from"
+    if trunk is None:
+        return f"teacher not checked: {path} does not record whose neck and heads it holds"
+    if checkpoint.teacher_sha256 == trunk:
+        return f"teacher checked: the student learned from this SAM 3 trunk (sha256 {trunk[:12]})"
+    difference = (
+        f"{checkpoint.path} learned from a teacher whose trunk has sha256 {checkpoint.teacher_sha256}, but the trunk "
+        f"of {path} has {trunk}"
+    )
+    if is_allowed:
+        return f"warning: {difference}; merged because of --allow-other-teacher"
+    raise UserError(f"{difference}: {remedy}, or --allow-other-teacher")

@@ -1,0 +1,72 @@
+"""Put a fine-tuned student into the merged file of stage 1, prove that the result works, and say how to load it.
+
+    python stage1_geometry_finetune/convert_geometry_finetune.py \\
+        --finetune-ckpt output/stage1_geometry_finetune/es_rv_m/best.pth \\
+        --pretrained output/efficient_sam3_repvit_m.pt --output output/efficient_sam3_repvit_m_geometry.pt
+
+Exactly the student's weights are replaced (and those of the neck or the mask decoder, if the run trained them), in the
+precision and form (folded or not) that the merged file has. The new file is written aside, compared tensor by tensor,
+loaded again as a user would load it, and shown one image: its trunk has to give what the student gave in training.
+Only then it appears at ``--output``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sam3_train.errors import run_cli
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument(
+        "--finetune-ckpt", required=True, metavar="FILE", help="training checkpoint of train_geometry_finetune.py"
+    )
+    parser.add_argument("--pretrained", required=True, metavar="FILE", help="the merged file of the same student")
+    parser.add_argument(
+        "--output", metavar="FILE", help=".pt, .pth or .safetensors; default: the pretrained file's name + _geometry"
+    )
+    parser.add_argument(
+        "--use-ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the averaged weights; default: if the checkpoint has them",
+    )
+    parser.add_argument(
+        "--allow-other-teacher",
+        action="store_true",
+        help="only warn if the student learned from another trunk than that which the merged file's heads belong to",
+    )
+    parser.add_argument("--image", metavar="FILE", help="photo for the final check; default: a generated one")
+    return parser
+
+
+def _convert(argv: list[str] | None) -> int:
+    args = build_parser().parse_args(argv)
+    from stage1_geometry_finetune.merge import ConvertRequest, convert_files  # torch only once the flags are right
+
+    pretrained = Path(args.pretrained)
+    result = convert_files(
+        ConvertRequest(
+            finetune_path=Path(args.finetune_ckpt),
+            pretrained_path=pretrained,
+            output=Path(args.output) if args.output else pretrained.with_stem(f"{pretrained.stem}_geometry"),
+            use_ema=args.use_ema,
+            image=Path(args.image) if args.image else None,
+            allow_other_teacher=args.allow_other_teacher,
+        )
+    )
+    print("\n".join(result.lines()))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    return run_cli(_convert, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
