@@ -86,10 +86,11 @@ def test_sure_detections_renew_the_best_object_and_the_last_one_wins() -> None:
     assert result.sure_detections == {}
 
 
-def test_a_limit_of_objects_takes_the_best_in_their_order() -> None:
+def test_a_limit_of_objects_takes_the_best() -> None:
     config = dataclasses.replace(CONFIG, max_num_objects=5)
-    assert limit_new_objects([0, 2, 3], [0.7, 1.0, 0.9, 0.8], 3, config) == [2, 3]
-    assert limit_new_objects([0, 2, 3], [0.7, 1.0, 0.9, 0.8], 6, config) == []
+    assert limit_new_objects([0, 2, 3], [0.7, 1.0, 0.8, 0.9], 2, config) == [0, 2, 3]
+    assert limit_new_objects([0, 2, 3], [0.7, 1.0, 0.8, 0.9], 3, config) == [3, 2]
+    assert limit_new_objects([0, 2, 3], [0.7, 1.0, 0.8, 0.9], 6, config) == []
 
 
 def test_renewal_asks_the_frame_and_the_trackers_logit() -> None:

@@ -90,10 +90,11 @@ def associate(
 def limit_new_objects(
     new_detections: Sequence[int], det_scores: Sequence[float], num_tracked: int, config: VideoConfig
 ) -> list[int]:
-    """Which of the new detections fit under the limit of objects: the best, in their order."""
+    """Which of the new detections fit under the limit of objects: all in their order, or the best, best first."""
     room = max(0, config.max_num_objects - num_tracked)
-    best = sorted(new_detections, key=lambda d: -det_scores[d])[:room]
-    return sorted(best)
+    if len(new_detections) <= room:
+        return list(new_detections)
+    return sorted(new_detections, key=lambda d: -det_scores[d])[:room]
 
 
 def detections_to_recondition(
