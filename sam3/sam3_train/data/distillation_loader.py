@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 from yacs.config import CfgNode
 
 from sam3_train.data.bad_images import BadImageLog, read_bad_images
 from sam3_train.data.distillation_dataset import DistillationDataset, ItemExtras
+from sam3_train.data.epoch_loader import EpochLoader
 from sam3_train.data.image_index import ImageIndex, build_image_index
-from sam3_train.data.loader_workers import LoaderWorkers
-from sam3_train.data.process_pool import process_context
 from sam3_train.errors import UserError
 
 
@@ -88,37 +87,19 @@ def collate(items: list[dict[str, Any]], extras: ItemExtras | None = None) -> di
     return batch
 
 
-class DistillationLoader(DataLoader[dict[str, Any]]):
-    """A data loader that follows its sampler's epoch, reports errors of its workers and accounts for bad images."""
+class DistillationLoader(EpochLoader):
+    """The batches of `collate`, none of them without an image where bad images are accounted for."""
 
-    bad_log: BadImageLog | None = None
-    processes: LoaderWorkers | None = None
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        epoch = getattr(self.sampler, "epoch", None)
-        if epoch is not None and isinstance(self.dataset, DistillationDataset):
-            self.dataset.set_epoch(epoch)
-        # Started here and not when the first batch is asked for: workers decode while the caller prepares itself.
-        batches = super().__iter__()
-        if self.processes is not None:
-            self.processes.end_at_exit()
-        return self._checked(batches)
-
-    def _checked(self, batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def note(self, batch: dict[str, Any]) -> None:
+        """See `EpochLoader`."""
+        if self.bad_log is not None and not batch["key"]:
+            raise UserError(
+                f"every image of a batch is unreadable, e.g. {batch['bad'][0][1]}; list the bad ones with "
+                "python -m sam3_train.data.validate and name the list in DATA.BAD_IMAGES"
+            )
         extras = extras_of(self.dataset)
-        for batch in batches:
-            if "error" in batch:
-                raise UserError(batch["error"])
-            if self.bad_log is not None:
-                self.bad_log.record(batch["bad"])
-                if not batch["key"]:
-                    raise UserError(
-                        f"every image of a batch is unreadable, e.g. {batch['bad'][0][1]}; list the bad ones with "
-                        "python -m sam3_train.data.validate and name the list in DATA.BAD_IMAGES"
-                    )
-            if extras is not None:
-                extras.report(batch)
-            yield batch
+        if extras is not None:
+            extras.report(batch)
 
 
 def extras_of(dataset: Dataset[dict[str, Any]]) -> ItemExtras | None:
@@ -155,28 +136,15 @@ def build_loader(
     Returns:
         The loader; `collate` describes its batches. Iterating raises `UserError` for what a worker could not do.
     """
-    order: dict[str, Any] = {"batch_size": batch_size, "sampler": sampler, "drop_last": drop_last}
-    workers: dict[str, Any] = {}
-    processes = LoaderWorkers(num_workers)
-    if num_workers > 0:
-        workers = {
-            "prefetch_factor": prefetch_factor,
-            "persistent_workers": True,
-            "worker_init_fn": processes.start,
-            "multiprocessing_context": process_context(),
-        }
-    loader = DistillationLoader(
+    return DistillationLoader(
         dataset,
+        partial(collate, extras=extras_of(dataset)),
+        sampler,
+        batch_size,
+        batches=batches,
         num_workers=num_workers,
-        collate_fn=partial(collate, extras=extras_of(dataset)),
-        # Starting workers draws a seed; from a generator of its own, so that the run's random stream does not notice.
-        generator=torch.Generator(),
-        pin_memory=pin_memory and torch.cuda.is_available(),
-        **(order if batches is None else {"batch_sampler": batches}),
-        **workers,
+        prefetch_factor=prefetch_factor,
+        pin_memory=pin_memory,
+        drop_last=drop_last,
+        bad_log=bad_log,
     )
-    loader.bad_log = bad_log
-    if num_workers > 0:
-        loader.processes = processes
-        processes.end_with(loader)
-    return loader
