@@ -19,6 +19,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
+STAGES = ("stage1", "stage1_geometry_finetune", "stage2")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 # The lowest Python of each pinned release, from its own metadata; the test below compares those that are installed.
@@ -127,13 +128,13 @@ def top_level_imports(folder: Path) -> dict[str, str]:
 def test_every_package_that_is_imported_is_declared():
     """D-67: what `pip install` brings is what the code imports."""
     project = PYPROJECT["project"]
-    extras = {"sam3/sam3": [], "sam3/sam3_train": ["stage1"], "stage1": ["stage1"]}
+    extras = {"sam3/sam3": [], **{folder: ["stage1"] for folder in ("sam3/sam3_train", *STAGES)}}
     holders = importlib.metadata.packages_distributions()
     assert "yaml" in top_level_imports(ROOT / "sam3/sam3_train")
     for folder, names in extras.items():
         asked = declared(project["dependencies"], *(project["optional-dependencies"][name] for name in names))
         for module, path in top_level_imports(ROOT / folder).items():
-            if module in sys.stdlib_module_names or module in {"sam3", "sam3_train", "stage1"}:
+            if module in sys.stdlib_module_names or module in {"sam3", "sam3_train", *STAGES}:
                 continue
             names_of_module = {canonicalize_name(name) for name in holders.get(module, [module])}
             assert names_of_module & asked, f"{path} imports {module}, which pyproject.toml does not declare"
@@ -149,11 +150,13 @@ def wheel_files(tmp_path_factory) -> set[str]:
 
 
 def test_the_wheel_holds_the_packages_and_their_data(wheel_files):
-    for folder, package in (("sam3/sam3", "sam3"), ("sam3/sam3_train", "sam3_train"), ("stage1", "stage1")):
+    folders = {"sam3/sam3": "sam3", "sam3/sam3_train": "sam3_train", **{stage: stage for stage in STAGES}}
+    for folder, package in folders.items():
         for path in (ROOT / folder).rglob("*.py"):
             assert f"{package}/{path.relative_to(ROOT / folder).as_posix()}" in wheel_files
     assert "stage1/configs/es_rv_m.yaml" in wheel_files
     assert "stage1/configs/teacher/sam_vit_huge_sa1b.yaml" in wheel_files
+    assert "stage1_geometry_finetune/configs/es_rv_m.yaml" in wheel_files
 
 
 def test_the_wheel_holds_nothing_that_needs_a_clone(wheel_files):
@@ -161,5 +164,5 @@ def test_the_wheel_holds_nothing_that_needs_a_clone(wheel_files):
     assert not [name for name in wheel_files if name.endswith(".sh")]
     assert not [name for name in wheel_files if "/demo_" in name and name.endswith(".yaml")]
     assert {name.split("/")[0].split("-")[0] for name in wheel_files} == {
-        *("sam3", "sam3_train", "stage1", "efficientsam3")
+        *("sam3", "sam3_train", *STAGES, "efficientsam3")
     }
