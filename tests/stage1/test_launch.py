@@ -13,9 +13,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "stage1/scripts/save_stage1_embeddings.sh"
 TRAIN = "stage1/scripts/train_stage1_student.sh"
+GEOMETRY = "stage1_geometry_finetune/scripts/train_geometry_finetune.sh"
 KEYS = (
     *("CFG", "DATA_PATH", "OUTPUT", "BATCH_SIZE", "GPUS", "NPROC", "DEVICE", "MASTER_PORT", "NNODES", "NODE_RANK"),
-    *("RDZV_BACKEND", "RDZV_ENDPOINT", "RDZV_ID", "TEACHER_EMBED_PATH"),
+    *("RDZV_BACKEND", "RDZV_ENDPOINT", "RDZV_ID", "TEACHER_EMBED_PATH", "PRETRAINED", "SAM3_CHECKPOINT"),
 )
 
 
@@ -134,6 +135,28 @@ def test_training_gets_its_keys_and_the_words_of_the_user(launch):
     ]
 
 
+def test_the_fine_tune_starts_with_a_config_that_exists(launch):
+    """D-88."""
+    done = launch(script=GEOMETRY)
+    cfg = Path(done.stdout.splitlines()[-1])
+    assert cfg.is_file() and cfg.is_relative_to(ROOT / "stage1_geometry_finetune/configs"), done
+
+
+def test_the_fine_tune_gets_its_keys_and_the_words_of_the_user(launch):
+    keys = ("PRETRAINED=a merged.pt", "SAM3_CHECKPOINT=sam3.pt", "BATCH_SIZE=2", "OUTPUT=o", "GPUS=0")
+    done = launch(*keys, "--opts", "TRAIN.EPOCHS", "1", script=GEOMETRY, CFG="a.yaml", TEACHER_EMBED_PATH="store")
+    words = done.stdout.splitlines()
+    script = next(i for i, word in enumerate(words) if word.endswith("/train_geometry_finetune.py"))
+    assert words[script + 1 :] == [
+        *("--device", "cpu", "--cfg", "a.yaml", "--output", "o", "--batch-size", "2"),
+        *("--pretrained", "a merged.pt", "--sam3-checkpoint", "sam3.pt", "--teacher-embed-path", "store"),
+        *("--opts", "TRAIN.EPOCHS", "1"),
+    ]
+    assert launch("--cfg", "b.yaml", script=GEOMETRY).stdout.splitlines()[-2:] == ["--cfg", "b.yaml"]
+    refused = launch("PRETRAIND=a", script=GEOMETRY)
+    assert refused.returncode == 2 and "unknown key PRETRAIND" in refused.stderr
+
+
 def unguarded_arrays(text: str) -> list[str]:
     """Arrays that may be empty and are expanded as they are: an unbound variable for bash before 4.4 under set -u."""
     code = re.sub(r"^\s*#.*$", "", text, flags=re.M)
@@ -151,8 +174,8 @@ def test_no_array_that_may_be_empty_is_expanded_unguarded():
     assert unguarded_arrays('x=()\nrun "${x[@]}"') == ["x"]
     assert unguarded_arrays('read -r -a x\nrun "${x[@]}"') == ["x"]
     assert not unguarded_arrays('x=()\nrun ${x[@]+"${x[@]}"}\ny=(a)\nrun "${y[@]}"')
-    scripts = [*(ROOT / "scripts").glob("*.sh"), *(ROOT / "stage1/scripts").glob("*.sh"), ROOT / ".ci/run"]
-    assert len(scripts) >= 5
+    scripts = [*(ROOT / "scripts").glob("*.sh"), *ROOT.glob("stage*/scripts/*.sh"), ROOT / ".ci/run"]
+    assert len(scripts) >= 6
     for path in scripts:
         assert not unguarded_arrays(path.read_text()), path
 

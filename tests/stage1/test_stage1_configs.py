@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 from pathlib import Path
 
 import pytest
-from yacs.config import CfgNode
+from settings_reading import setting_names, settings_read, unread_settings
 
 from sam3.backbones import student_names
 from sam3.preprocess import Preprocess
@@ -56,53 +55,6 @@ def test_training_reads_where_the_export_writes():
     assert teacher.DISTILL.TEACHER_EMBED_PATH == student.DISTILL.TEACHER_EMBED_PATH
 
 
-def setting_names(cfg: CfgNode, prefix: str = "") -> list[str]:
-    nested = [(f"{prefix}{key}", value) for key, value in cfg.items()]
-    return [n for key, v in nested for n in (setting_names(v, f"{key}.") if isinstance(v, CfgNode) else [key])]
-
-
-def upper_chain(node: ast.AST) -> tuple[str, list[str]]:
-    """``cfg.TRAIN.OPTIMIZER.EPS`` -> ("cfg", ["TRAIN", "OPTIMIZER", "EPS"])."""
-    names: list[str] = []
-    while isinstance(node, ast.Attribute) and node.attr.isupper():
-        names.insert(0, node.attr)
-        node = node.value
-    if isinstance(node, ast.Attribute):  # self.cfg
-        return node.attr, names
-    return node.id if isinstance(node, ast.Name) else "", names
-
-
-def settings_read(source: str) -> set[str]:
-    """Dotted names of the settings that a module reads.
-
-    A name like ``train`` stands for its section, any other for what it was assigned from in the same function
-    (``settings = cfg.TRAIN.OPTIMIZER``). Assigning to a setting is no read, and neither is checking its range
-    (``check_settings``).
-    """
-    found = set()
-    tree = ast.parse(source)
-    tree.body = [node for node in tree.body if getattr(node, "name", "") != "check_settings"]
-    functions = [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
-    for scope in [tree, *functions]:
-        sections = {name.lower(): [name] for name in ("TRAIN", "DATA", "MODEL", "DISTILL", "VAL", "AMP")}
-        for node in ast.walk(scope):
-            if not isinstance(node, ast.Assign):
-                continue
-            pairs = [(target, node.value) for target in node.targets]
-            if isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple):
-                pairs = list(zip(node.targets[0].elts, node.value.elts, strict=False))
-            for target, value in pairs:
-                root, names = upper_chain(value)
-                if isinstance(target, ast.Name) and names:
-                    sections[target.id] = [*sections.get(root, []), *names]
-        for node in ast.walk(scope):
-            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                root, names = upper_chain(node)
-                if names:
-                    found.add(".".join([*sections.get(root, []), *names]))
-    return found
-
-
 def test_reads_of_settings_are_told_from_assignments_and_namesakes():
     source = "def f(cfg, train):\n    s = cfg.A.B\n    cfg.A.SET = 1\n    return s.C, train.D, cfg.OTHER.E"
     assert settings_read(source) == {"A", "A.B", "A.B.C", "TRAIN.D", "OTHER", "OTHER.E"}
@@ -111,12 +63,8 @@ def test_reads_of_settings_are_told_from_assignments_and_namesakes():
 def test_every_setting_is_read_somewhere():
     """D-59: no setting is accepted and ignored."""
     root = CONFIGS.parents[1]
-    files = [path for folder in ("stage1", "sam3/sam3_train") for path in (root / folder).rglob("*.py")]
-    read = {name for path in files for name in settings_read(path.read_text())}
-    names = setting_names(get_defaults())
-    assert len(names) > 60
-    unread = [name for name in names if name not in read]
-    assert not unread
+    assert len(setting_names(get_defaults())) > 60
+    assert not unread_settings(get_defaults(), [root / "stage1", root / "sam3/sam3_train"])
 
 
 @pytest.mark.parametrize("module", ["stage1.train_stage1", "stage1.save_embedding_stage1"])
