@@ -59,7 +59,7 @@ def _distill_defaults() -> CfgNode:
     distill.EMBEDDING = 1.0  # squared error of the features, mean over channels and valid cells, in units of NORMALIZE
     distill.MASK_BCE = 1.0  # cross entropy of mask logits with the teacher's mask probabilities
     distill.MASK_DICE = 1.0  # soft Dice of mask probabilities
-    distill.SCORE = 0.5  # class scores of all queries (detector), predicted IoU (SAM heads)
+    distill.SCORE = 0.2  # squared error of the scores of all queries (detector), of the predicted IoU (SAM heads)
     distill.PRESENCE = 0.1  # whether the object is in the image at all
     distill.BOX = 0.5  # L1 and GIoU of matched boxes (detector)
     distill.ROUTE_DETECTOR = 1.0  # weight of the route through geometry encoder, fusion, decoder and mask head; 0: none

@@ -34,8 +34,10 @@ class GeometryLossWeights:
     """Cross entropy of the student's masks with the teacher's probabilities, mean over pixels."""
     mask_dice: float = 1.0
     """Dice of the same."""
-    score: float = 0.5
-    """Detector: cross entropy of the class scores of all queries. SAM heads: squared error of the predicted IoUs."""
+    score: float = 0.2
+    """Squared error of scores. Detector: those of all queries. SAM heads: the predicted IoUs. Small, because scores
+    react to features much more sharply than masks do: cross entropy in its place has ten times the gradient of all
+    other terms together."""
     presence: float = 0.1
     """Detector: cross entropy of the presence score. SAM heads: of the object score."""
     box: float = 0.5
@@ -80,7 +82,7 @@ def mask_terms(
 
 
 def score_term(logits_kq: Tensor, detections: TeacherDetections, matches: Matches, weights_k: Tensor) -> Tensor:
-    """Cross entropy of class scores: sum over an object's queries per kept detection, weighted sum over objects.
+    """Squared error of class scores: sum over an object's queries per kept detection, weighted sum over objects.
 
     A matched query should score what its detection scores. The others have no counterpart by position; they are
     compared in order, the highest with the teacher's highest, so that the order of queries plays no role.
@@ -96,8 +98,8 @@ def score_term(logits_kq: Tensor, detections: TeacherDetections, matches: Matche
     is_rest = torch.arange(logits_kq.shape[1], device=logits_kq.device) >= counts_k1
     by_rank = torch.where(is_rest, teacher, wanted.gather(1, ranks))
     wanted = torch.zeros_like(wanted).scatter(1, ranks, by_rank)
-    entropy = F.binary_cross_entropy_with_logits(logits_kq.float(), wanted, reduction="none").sum(1)
-    return (entropy / counts_k1[:, 0] * weights_k).sum()
+    error = (logits_kq.float().sigmoid() - wanted).square().sum(1)
+    return (error / counts_k1[:, 0] * weights_k).sum()
 
 
 def presence_term(logits_k: Tensor, teacher_logits_k: Tensor, weights_k: Tensor) -> Tensor:

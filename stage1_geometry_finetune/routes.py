@@ -18,7 +18,7 @@ from torch import Tensor
 from sam3.model.matcher import BinaryHungarianMatcherV2, pairwise_giou
 from sam3.sam.heads import SamFeatures
 from sam3_train.metrics import mask_iou
-from stage1_geometry_finetune.frozen_heads import DetectorAnswer, DetectorMaps, FrozenHeads, layouts
+from stage1_geometry_finetune.frozen_heads import DetectorAnswer, DetectorMaps, FrozenHeads
 from stage1_geometry_finetune.losses import box_term, mask_terms, presence_term, score_term
 from stage1_geometry_finetune.matching import (
     LEVELS,
@@ -29,6 +29,7 @@ from stage1_geometry_finetune.matching import (
     pack_masks,
     unpack_masks,
 )
+from stage1_geometry_finetune.prompt_formats import layouts
 from stage1_geometry_finetune.prompts import PromptBatch
 
 

