@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 DETECTOR_PREFIX = "detector."
 TRACKER_PREFIX = "tracker."
+EFFICIENT_PREFIX = "efficient_tracker."
+"""What a compressed memory has instead of the released one; what both share is below `TRACKER_PREFIX`."""
 TRUNK_PREFIX = "detector.backbone.vision_backbone.trunk."
 STUDENT_PREFIX = TRUNK_PREFIX + "model."
 BACKBONE_PREFIX = "backbone.model."

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sam3.checkpoint_fit import RECOMPUTED_SUFFIX
 from sam3.checkpoint_io import CheckpointError, CheckpointFile, read_checkpoint, sha256_file, write_merged
-from sam3.checkpoint_keys import TRUNK_PREFIX
+from sam3.checkpoint_keys import EFFICIENT_PREFIX, TRUNK_PREFIX
 from sam3.checkpoint_merge import MergeError, require_representable
 from sam3.hf_keys import POINT_PROJECTIONS, released_to_hf
 from sam3.model.sam3_image import Sam3Image
@@ -139,6 +139,10 @@ def _target_weights(
                 f"{request.source}: holds the student {source.config.student.backbone}, for which Hugging Face's "
                 "classes have no place; only SAM 3 itself goes there"
             )
+        compressed = [key for key in weights if key.startswith(EFFICIENT_PREFIX)]
+        if compressed:
+            lost.append(f"{len(compressed)} tensors of the compressed memory, for which there is no place there")
+            weights = {key: value for key, value in weights.items() if not key.startswith(EFFICIENT_PREFIX)}
         if source.has_point_prompts:
             lost.append(f"{len(POINT_PROJECTIONS)} tensors for point prompts of the detector, which has none there")
         table = weights[_POSITIONS]
@@ -171,9 +175,10 @@ def _rotary_tables(model: Sam3Image) -> dict[str, Tensor]:
 
 def _metadata(request: ConversionRequest, checkpoint: CheckpointFile, source: Recognised) -> dict[str, Any]:
     """The old record, a description for files that had none, and where the file comes from."""
+    config = source.config.replace(efficient_memory=None) if request.layout == "hf" else source.config
     record = {
         **checkpoint.metadata,
-        "model": source.config.to_dict(),
+        "model": config.to_dict(),
         "converted": {
             "files": {file.name: sha256_file(file) for file in checkpoint.files},
             "from_layout": source.layout,
@@ -195,7 +200,8 @@ def _prove(path: Path, source: Recognised, dtype: torch.dtype | None, request: C
     written = recognise(read_checkpoint(path))
     written.check(written.assemble())
     for key, value in source.weights.items():
-        if key.endswith(RECOMPUTED_SUFFIX) or (request.layout == "hf" and key in POINT_PROJECTIONS):
+        is_left_out = request.layout == "hf" and (key in POINT_PROJECTIONS or key.startswith(EFFICIENT_PREFIX))
+        if key.endswith(RECOMPUTED_SUFFIX) or is_left_out:
             continue
         if key not in written.weights:
             raise CheckpointError(f"{request.output}: not written, {key} would be missing")

@@ -14,7 +14,7 @@ from torch import Tensor
 from sam3.backbones import backbone_spec
 from sam3.checkpoint_fit import RECOMPUTED_SUFFIX, first, fit_problems
 from sam3.checkpoint_io import CheckpointError, CheckpointFile, read_checkpoint
-from sam3.checkpoint_parts import PARTS, part_of
+from sam3.checkpoint_parts import EFFICIENT_MEMORY, PARTS, part_of
 from sam3.hf_keys import POINT_PROJECTIONS
 from sam3.recognition import Recognised, recognise
 from sam3.released_names import to_released
@@ -70,6 +70,8 @@ class Inspection:
         parts: What the file holds of each part.
         other_tensors: First words of the names that belong to no part, and how many tensors have each.
         missing_parts: What the opened model would lack.
+        memories: Kinds of memory for videos, the one that is opened by default first.
+        tokens_per_frame: That a compressed memory stores of a frame; None without one.
         preprocess: What the record says about images, or None.
         record: The metadata record of this project's files.
         non_finite: Names of tensors that hold NaN or infinity; None if the numbers were not looked at.
@@ -90,6 +92,8 @@ class Inspection:
     parts: list[PartContent] = field(default_factory=list)
     other_tensors: dict[str, int] = field(default_factory=dict)
     missing_parts: list[str] = field(default_factory=list)
+    memories: list[str] = field(default_factory=list)
+    tokens_per_frame: int | None = None
     preprocess: dict[str, Any] | None = None
     record: dict[str, Any] = field(default_factory=dict)
     non_finite: list[str] | None = None
@@ -114,6 +118,9 @@ class Inspection:
         ]
         if self.preset is not None:
             lines.append(f"model       {self._model_text()}")
+        if self.tokens_per_frame is not None:
+            kinds = " and ".join(self.memories)
+            lines.append(f"memory      {kinds}; the efficient one stores {self.tokens_per_frame} tokens of a frame")
         if self.preprocess is not None:
             lines.append("images      " + ", ".join(f"{key} {value}" for key, value in self.preprocess.items()))
         lines += _record_lines(self.record)
@@ -203,7 +210,8 @@ def _contents(found: Recognised) -> dict[str, Any]:
         found.check(model)
     except CheckpointError as error:
         problem = _without_path(error, found.source)
-    student = found.config.student
+    student, memory = found.config.student, found.efficient_memory
+    expected = to_released(model.state_dict(), found.config) | found.other_memory()
     return {
         "problem": problem,
         "layout": found.layout,
@@ -211,9 +219,11 @@ def _contents(found: Recognised) -> dict[str, Any]:
         "student": None if student is None else student.backbone,
         "student_name": None if student is None else backbone_spec(student.backbone).student_name,
         "image_size_px": found.config.image_size_px,
-        "parts": _parts(found, to_released(model.state_dict(), found.config)),
+        "parts": _parts(found, expected),
         "other_tensors": dict(Counter(key.split(".")[0] for key in found.weights if part_of(key) is None)),
         "missing_parts": list(found.missing_parts),
+        "memories": list(found.memories),
+        "tokens_per_frame": None if memory is None else memory.num_tokens or found.config.grid_size**2,
         "preprocess": None if found.preprocess is None else found.preprocess.to_dict(),
     }
 
@@ -222,7 +232,7 @@ def _parts(found: Recognised, expected: Mapping[str, Tensor]) -> list[PartConten
     if not any(key in found.weights for key in POINT_PROJECTIONS):  # no half of a part: `Inspection.missing_parts`
         expected = {key: value for key, value in expected.items() if key not in POINT_PROJECTIONS}
     rows = []
-    for part in PARTS:
+    for part in (*PARTS, *([EFFICIENT_MEMORY] if EFFICIENT_MEMORY in found.parts else [])):
         own = {key: value for key, value in found.weights.items() if key.startswith(part.prefixes)}
         needed = {key: value for key, value in expected.items() if key.startswith(part.prefixes)}
         missing = sum(key not in own and not key.endswith(RECOMPUTED_SUFFIX) for key in needed) if own else 0

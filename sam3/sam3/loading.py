@@ -29,6 +29,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     *,
     preprocess: Preprocess | None = None,
+    memory: str | None = None,
 ) -> Sam3Image:
     """Open a checkpoint for prediction.
 
@@ -49,19 +50,24 @@ def load_model(
         dtype: Of the weights and of the computation; default float32.
         preprocess: For files without a record of it. Default: what SAM 3 is deployed with. Files that were distilled
             with the published EfficientSAM3 scripts saw `Preprocess.letterbox_imagenet`.
+        memory: For files that hold two memories for videos: ``efficient`` for the compressed one, ``full`` for the
+            released one. Default: the compressed one, if there is one.
 
     Returns:
         The model in eval mode.
 
     Raises:
-        CheckpointError: If the file cannot be found, read or recognised, or does not fit what it says it is.
+        CheckpointError: If the file cannot be found, read or recognised, does not fit what it says it is, or does not
+            hold the ``memory``.
         PreprocessMismatchError: If ``preprocess`` contradicts the file's record.
-        ValueError: If there is no such device (`DeviceError`), or nothing can be computed in ``dtype``.
+        ValueError: If there is no such device (`DeviceError`), or nothing can be computed in ``dtype``,
+            or there is no such kind of memory.
     """
     device = find_device(device)
     if dtype not in (None, *_DTYPES):
         raise ValueError(f"dtype {dtype!r}: weights and computation can be in {', '.join(map(str, _DTYPES))}")
-    checkpoint = recognise(read_checkpoint(find_checkpoint(path_or_hub_id)))
+    checkpoint = recognise(read_checkpoint(find_checkpoint(path_or_hub_id))).with_memory(memory)
+    checkpoint.check_other_memory()
     model = checkpoint.assemble(choose_preprocess(checkpoint, preprocess))
     model.to(dtype or torch.float32)
     load_released(model, checkpoint.weights_for(model), checkpoint.source)

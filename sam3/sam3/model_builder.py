@@ -36,6 +36,7 @@ __all__ = [
     "STUDENT_SIZES",
     "assemble_image_model",
     "build_efficientsam3_image_model",
+    "build_heads",
     "build_sam3_image_model",
     "build_sam3_trunk",
     "build_sam3_video_model",
@@ -98,15 +99,15 @@ def assemble_image_model(
         trunk = build_trunk(config)
     with building_on(device):
         neck = Sam3DualViTDetNeck(trunk, config, add_sam2_neck=enable_inst_interactivity)
-        heads = _build_heads(config, enable_tracker) if enable_inst_interactivity else None
+        heads = build_heads(config, enable_tracker) if enable_inst_interactivity else None
         text = VETextEncoder(config.text, config.hidden_dim) if enable_detector and enable_text_encoder else None
         detector = _build_detector(config, enable_segmentation) if enable_detector else {}
         preprocess = preprocess or Preprocess(size_px=config.image_size_px)
         return Sam3Image(config, SAM3VLBackbone(neck, text), preprocess, heads, **detector)
 
 
-def _build_heads(config: Sam3Config, enable_tracker: bool) -> SamHeads:
-    """The SAM heads, alone or with the memory of the description."""
+def build_heads(config: Sam3Config, enable_tracker: bool) -> SamHeads:
+    """The SAM heads with fresh weights, alone or with the memory of the description."""
     if not enable_tracker:
         return SamHeads(config)
     return Sam3Tracker(config) if config.efficient_memory is None else EfficientSam3Tracker(config)

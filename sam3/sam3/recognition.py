@@ -3,8 +3,9 @@ the meta device, and no weight is read."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sam3.checkpoint_io import CheckpointError, CheckpointFile
 from sam3.checkpoint_keys import (
     BACKBONE_PREFIX,
     DETECTOR_PREFIX,
+    EFFICIENT_PREFIX,
     STUDENT_PREFIX,
     TRACKER_PREFIX,
     TRUNK_PREFIX,
@@ -24,6 +26,8 @@ from sam3.checkpoint_keys import (
 )
 from sam3.checkpoint_parts import (
     DETECTOR,
+    EFFICIENT_MEMORY,
+    FULL_MEMORY_PREFIXES,
     HEADS,
     MEMORY,
     NECK_PREFIX,
@@ -34,14 +38,26 @@ from sam3.checkpoint_parts import (
     Part,
     parts_in,
 )
-from sam3.config import PRESETS, Sam3Config, StudentConfig
+from sam3.config import PRESETS, EfficientMemoryConfig, Sam3Config, StudentConfig
+from sam3.efficient_keys import (
+    STAGE2_BACKBONE_PREFIX,
+    identify_efficient_memory,
+    is_stage2,
+    stage2_to_released,
+    tracker_to_released,
+)
 from sam3.hf_keys import POINT_PROJECTIONS, has_point_projections, hf_class, released_from_hf
+from sam3.model.building import building_on
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.vitdet import TABLE_KEY, Attention
-from sam3.model_builder import assemble_image_model
+from sam3.model_builder import assemble_image_model, build_heads
 from sam3.preprocess import Preprocess
 from sam3.released_names import absent_parts, released_layout, to_released, with_tracker_names
 
+_LOG = logging.getLogger(__name__)
+MEMORIES = ("efficient", "full")
+"""Kinds of memory that a file may hold, both of them too; the first that is there is opened by default."""
+_STAGE2 = "stage 2, published"
 _NECK_KEY = NECK_PREFIX + "2.conv_1x1.weight"
 _BARE = tuple(
     prefix.removeprefix(DETECTOR_PREFIX)
@@ -61,9 +77,10 @@ class Recognised:
         layout: Whose names the file has, in words.
         weights: Under the released names.
         metadata: The record of this project's files; {} for others.
-        config: What the model is.
+        config: What the model is, with the memory that is opened.
         preprocess: What the record says about images, or None.
         parts: What the file holds at least one tensor of.
+        efficient_memory: The compressed memory that the file holds, opened or not, or None.
     """
 
     source: str
@@ -73,6 +90,31 @@ class Recognised:
     config: Sam3Config
     preprocess: Preprocess | None
     parts: tuple[Part, ...]
+    efficient_memory: EfficientMemoryConfig | None = None
+
+    @property
+    def memories(self) -> tuple[str, ...]:
+        """Those of `MEMORIES` that the file holds, with the SAM heads that they need."""
+        has_full = any(key.startswith(FULL_MEMORY_PREFIXES) for key in self.weights)
+        found = {"efficient": EFFICIENT_MEMORY in self.parts, "full": has_full}
+        return tuple(kind for kind in MEMORIES if found[kind] and HEADS in self.parts)
+
+    def with_memory(self, kind: str | None) -> Recognised:
+        """The same file, to be opened with one of its memories; None: the compressed one if there is one.
+
+        Raises:
+            ValueError: If there is no such kind.
+            CheckpointError: If the file does not hold it.
+        """
+        if kind is None:
+            return self
+        if kind not in MEMORIES:
+            raise ValueError(f"memory {kind!r} is not one of {', '.join(MEMORIES)}, or None for what the file holds")
+        if kind not in self.memories:
+            found = " and ".join(self.memories) or "none"
+            raise CheckpointError(f"{self.source}: holds no {kind} memory (it holds: {found})")
+        memory = self.efficient_memory if kind == "efficient" else None
+        return replace(self, config=self.config.replace(efficient_memory=memory))
 
     @property
     def has_point_prompts(self) -> bool:
@@ -85,8 +127,10 @@ class Recognised:
         has_detector = DETECTOR in self.parts
         useless = set() if has_detector else {TEXT, SEGMENTATION}
         if HEADS not in self.parts:
-            useless.add(MEMORY)
+            useless.add(MEMORY)  # and the compressed one, which no whole model has
         missing = [part.name for part in PARTS if part not in self.parts or part in useless]
+        if self.metadata.get("model", {}).get("efficient_memory") and EFFICIENT_MEMORY not in self.parts:
+            missing.append(EFFICIENT_MEMORY.name)
         return (*missing, *([POINT_PROMPTS] if has_detector and not self.has_point_prompts else []))
 
     def assemble(self, preprocess: Preprocess | None = None) -> Sam3Image:
@@ -99,7 +143,7 @@ class Recognised:
             enable_detector=DETECTOR in self.parts,
             enable_text_encoder=TEXT in self.parts,
             enable_segmentation=SEGMENTATION in self.parts,
-            enable_tracker=HEADS in self.parts and MEMORY in self.parts,
+            enable_tracker=HEADS in self.parts and (MEMORY in self.parts or EFFICIENT_MEMORY in self.parts),
         )
 
     def weights_for(self, model: Sam3Image) -> dict[str, Tensor]:
@@ -124,6 +168,30 @@ class Recognised:
             if isinstance(module, Attention) and key in weights:
                 for problem in module.table_problems(weights[key], key):
                     raise CheckpointError(f"{self.source}: {problem}")
+        self.check_other_memory()
+
+    def other_memory(self) -> dict[str, Tensor]:
+        """What the memory that is not opened should be: tensors without data by released name; {} if there is none."""
+        if len(self.memories) < len(MEMORIES):
+            return {}
+        is_efficient_opened = self.config.efficient_memory is not None
+        memory = None if is_efficient_opened else self.efficient_memory
+        with building_on(torch.device("meta")):
+            tracker = build_heads(self.config.replace(efficient_memory=memory), enable_tracker=True)
+        own = FULL_MEMORY_PREFIXES if is_efficient_opened else (EFFICIENT_PREFIX,)
+        return {k: v for k, v in tracker_to_released(tracker.state_dict()).items() if k.startswith(own)}
+
+    def check_other_memory(self) -> None:
+        """Make sure that a memory which stays in the file is whole.
+
+        Raises:
+            CheckpointError: If it is there only in half, or a tensor does not fit.
+        """
+        expected = self.other_memory()
+        if expected:
+            own = (EFFICIENT_PREFIX,) if self.config.efficient_memory is None else FULL_MEMORY_PREFIXES
+            present = {key: value for key, value in self.weights.items() if key.startswith(own)}
+            check_fit(present, expected, self.source, self.config)
 
 
 def recognise(checkpoint: CheckpointFile) -> Recognised:
@@ -139,7 +207,30 @@ def recognise(checkpoint: CheckpointFile) -> Recognised:
         layout += ", under 'model'"
     config = _config_of_record(checkpoint.metadata, source) or identify_config(weights, source)
     preprocess = _preprocess_of_record(checkpoint.metadata, source)
-    return Recognised(source, layout, weights, checkpoint.metadata, config, preprocess, parts_in(weights))
+    parts = parts_in(weights)
+    memory = None
+    if EFFICIENT_MEMORY in parts:
+        compat = "published" if layout.startswith(_STAGE2) else None
+        memory = config.efficient_memory or _identify_memory(weights, config, source, compat)
+    config = config.replace(efficient_memory=memory)
+    return Recognised(source, layout, weights, checkpoint.metadata, config, preprocess, parts, memory)
+
+
+def _identify_memory(
+    weights: Mapping[str, Tensor], config: Sam3Config, source: str, compat: str | None
+) -> EfficientMemoryConfig:
+    """The compressed memory of a file without a record of it."""
+    try:
+        memory = identify_efficient_memory(weights, config.name, compat)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    _LOG.warning(
+        "%s does not describe its compressed memory; assuming the rules of %s and, by its shapes, %d tokens of a frame",
+        source,
+        "the published code" if compat else "this project",
+        memory.num_tokens or config.grid_size**2,
+    )
+    return memory
 
 
 def _released_names(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], str]:
@@ -155,6 +246,10 @@ def _released_names(state_dict: Mapping[str, Tensor], source: str) -> tuple[dict
             return released_from_hf(names), f"Hugging Face ({kind}){ddp}"
         except UnknownLayoutError as error:
             raise CheckpointError(f"{source}: looks like a Hugging Face file, but {error}") from error
+    if is_stage2(names):
+        if not any(key.startswith(STAGE2_BACKBONE_PREFIX) for key in names):
+            raise CheckpointError(f"{source}: {_STAGE2_ALONE}")
+        return stage2_to_released(names), f"{_STAGE2}{ddp}"
     _refuse_other_files(names, source)
     names = with_tracker_names(names)
     if any(key.startswith(DETECTOR_PREFIX) for key in names) or not any(key.startswith(_BARE) for key in names):
@@ -208,16 +303,15 @@ def _nearest_layout(released: Mapping[str, Tensor], source: str) -> str:
 # --- files that are something else ------------------------------------------------------------------------------------
 
 Keys = Mapping[str, Tensor]
+_STAGE2_ALONE = (
+    "a compressed memory (stage 2) without the image backbone that it was trained with: give the file that it was "
+    "merged into"
+)
 _OTHER_FILES: tuple[tuple[Callable[[Keys], bool], str], ...] = (
     (
         lambda keys: any(key.endswith(_SAM31) for key in keys),
         "rotary tables called freqs_cis_real and freqs_cis_imag: a file of SAM 3.1, or one that its code saved. Only "
         "SAM 3 is read here: give its sam3.pt",
-    ),
-    (
-        lambda keys: any("spatial_perceiver." in key for key in keys),
-        "a checkpoint of the memory training (stage 2), whose memory "
-        "this version does not read. Give the merged file that the training started from",
     ),
     (
         lambda keys: any(key.startswith(("student_trunk.", "frozen_convs.")) for key in keys),
@@ -241,7 +335,7 @@ _OTHER_FILES: tuple[tuple[Callable[[Keys], bool], str], ...] = (
         "a model with a student text encoder (MobileCLIP), which is not read here: only SAM 3's own text encoder is",
     ),
     (
-        lambda keys: bool(keys) and all(key.startswith(TRACKER_PREFIX) for key in keys),
+        lambda keys: bool(keys) and all(key.startswith((TRACKER_PREFIX, EFFICIENT_PREFIX)) for key in keys),
         "the tracker alone, without image trunk and neck: give the whole sam3.pt",
     ),
 )

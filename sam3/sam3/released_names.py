@@ -1,7 +1,8 @@
 """Between a built model's state dict and the released layout (``detector.*``, ``tracker.*``).
 
 The model's own names are the released ones without ``detector.``; SAM heads and tracker, ``tracker.*`` in a file, live
-under ``inst_interactive_predictor.model.``; a student's network has timm's names inside and published names in a file.
+under ``inst_interactive_predictor.model.``, where a compressed memory, ``efficient_tracker.*`` in a file, takes the
+place of the released one; a student's network has timm's names inside and published names in a file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from sam3.checkpoint_fit import check_fit, first
 from sam3.checkpoint_io import CheckpointError
 from sam3.checkpoint_keys import (
     DETECTOR_PREFIX,
+    EFFICIENT_PREFIX,
     STUDENT_PREFIX,
     TRACKER_PREFIX,
     TRUNK_PREFIX,
@@ -24,6 +26,7 @@ from sam3.checkpoint_keys import (
 )
 from sam3.checkpoint_parts import (
     DETECTOR_CORE_PREFIXES,
+    FULL_MEMORY_PREFIXES,
     MEMORY_PREFIXES,
     POINT_PROMPTS,
     SAM2_NECK_PREFIX,
@@ -31,21 +34,25 @@ from sam3.checkpoint_parts import (
     TEXT_PREFIX,
 )
 from sam3.config import Sam3Config
+from sam3.efficient_keys import tracker_from_released, tracker_to_released
 from sam3.hf_keys import has_point_projections, hf_class
 from sam3.model.sam3_image import Sam3Image
 
 T = TypeVar("T")
 
 HEADS_PREFIX = "inst_interactive_predictor.model."
+_TRACKERS = (TRACKER_PREFIX, EFFICIENT_PREFIX)
 
 
 def absent_parts(model: Sam3Image) -> tuple[str, ...]:
     """Beginnings of the released names that a file may hold and this model was built without."""
     absent: tuple[str, ...] = ()
     if model.inst_interactive_predictor is None:
-        absent += (SAM2_NECK_PREFIX, TRACKER_PREFIX)
+        absent += (SAM2_NECK_PREFIX, TRACKER_PREFIX, EFFICIENT_PREFIX)
     elif not model.has_tracker:
-        absent += MEMORY_PREFIXES
+        absent += (*MEMORY_PREFIXES, EFFICIENT_PREFIX)
+    else:
+        absent += (EFFICIENT_PREFIX,) if model.config.efficient_memory is None else FULL_MEMORY_PREFIXES
     if not model.has_detector:
         absent += DETECTOR_CORE_PREFIXES
     if model.segmentation_head is None:
@@ -77,33 +84,32 @@ def released_layout(state_dict: Mapping[str, T], source: str) -> dict[str, T]:
         )
     if any(key.startswith(DETECTOR_PREFIX) for key in names):
         return names
-    return {k if k.startswith(TRACKER_PREFIX) else DETECTOR_PREFIX + k: v for k, v in names.items()}
+    return {k if k.startswith(_TRACKERS) else DETECTOR_PREFIX + k: v for k, v in names.items()}
 
 
 def with_tracker_names(names: Mapping[str, T]) -> dict[str, T]:
     """A saved `Sam3Image` has SAM heads and tracker under the predictor's name, a released file under the tracker's."""
-    return {
-        TRACKER_PREFIX + key.removeprefix(HEADS_PREFIX) if key.startswith(HEADS_PREFIX) else key: value
-        for key, value in names.items()
-    }
+    tracker = {k.removeprefix(HEADS_PREFIX): v for k, v in names.items() if k.startswith(HEADS_PREFIX)}
+    others = {key: value for key, value in names.items() if not key.startswith(HEADS_PREFIX)}
+    return others | tracker_to_released(tracker)
 
 
 def to_released(state_dict: Mapping[str, T], config: Sam3Config) -> dict[str, T]:
     """The state dict of a `Sam3Image` under the released names (published names for a student)."""
     released = {
-        key if key.startswith(TRACKER_PREFIX) else DETECTOR_PREFIX + key: value
+        key if key.startswith(_TRACKERS) else DETECTOR_PREFIX + key: value
         for key, value in with_tracker_names(state_dict).items()
     }
     return _rename_student(released, config, student_to_published)
 
 
 def from_released(released: Mapping[str, T], config: Sam3Config) -> dict[str, T]:
-    """Inverse of `to_released`."""
+    """Inverse of `to_released`: of one memory, not of both that a file may hold."""
     released = _rename_student(released, config, student_from_published)
     names: dict[str, T] = {}
     for key, value in released.items():
-        if key.startswith(TRACKER_PREFIX):
-            names[HEADS_PREFIX + key.removeprefix(TRACKER_PREFIX)] = value
+        if key.startswith(_TRACKERS):
+            names[HEADS_PREFIX + tracker_from_released(key)] = value
         else:
             names[key.removeprefix(DETECTOR_PREFIX)] = value
     return names

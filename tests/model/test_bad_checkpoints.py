@@ -193,7 +193,7 @@ CASES: dict[str, tuple[Maker, str]] = {
     # weights of something else
     "another network": (resnet_like, "not a layout that is known here. The nearest is 'sam3', with"),
     "student alone": (torch_file(two_parts("backbone.model.x", "head.0.weight")), "merge it into a SAM 3 checkpoint"),
-    "stage 2": (torch_file(two_parts("spatial_perceiver.latents", "mem_proj.bias")), "memory training (stage 2)"),
+    "stage 2": (torch_file(two_parts("spatial_perceiver.latents", "mem_proj.bias")), "a compressed memory (stage 2)"),
     "geometry fine-tuning": (torch_file(two_parts("student_trunk.a", "frozen_convs.b")), "geometry fine-tuning"),
     "SAM 3.1": (torch_file(two_parts(TRUNK_PREFIX + "blocks.0.attn.freqs_cis_real", "tracker.x")), "a file of SAM 3.1"),
     "SAM 2": (torch_file({"model": two_parts("image_encoder.trunk.x", "memory_attention.y")}), "a SAM 2 checkpoint"),
