@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,28 @@ def test_annotations_are_checked_on_request(tmp_path: Path, capsys: pytest.Captu
     assert "2 annotations are missing, empty or malformed" in printed.out
     assert "sa_1.json: has no annotation" in printed.err and "sa_100.json: not an SA-1B" in printed.err
     assert read_bad_images(root / "bad_images.txt") == {}, "trunk distillation does not read annotations"
+
+
+def test_images_without_a_valid_mask_are_listed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What training with prompts cannot use is listed; an annotation with one valid mask of two is not."""
+    root = make_sa1b_tree(tmp_path)
+    (root / "annotations/train/sa_1.json").unlink()
+    for name, emptied in (("sa_2", [0, 1]), ("sa_3", [0])):
+        path = root / f"annotations/train/{name}.json"
+        content = json.loads(path.read_text())
+        for i in emptied:
+            content["annotations"][i]["segmentation"] = {"size": [32, 48], "counts": [32 * 48]}
+        path.write_text(json.dumps(content))
+    half = root / "annotations/train/sa_4.json"
+    content = json.loads(half.read_text())
+    content["annotations"][0]["segmentation"] = "nothing"
+    half.write_text(json.dumps(content))
+    words = ["--data-path", str(root), "--workers", "1", "--list-annotations"]
+    assert validate.main([*words, "--annotations"]) == 2
+    assert "2 unreadable or without a valid mask" in capsys.readouterr().out
+    assert read_bad_images(root / "bad_images.txt").keys() == {"sa_1", "sa_2"}
+    assert validate.main(words) == 2
+    assert "give both" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["coco", "folder"])

@@ -189,7 +189,7 @@ def test_a_batch_of_unreadable_photos_ends_a_training_run(root: Path, index: Ima
     loader = build_loader(DistillationDataset(index, PREPROCESS, "online", 2), None, 2, num_workers=0)
     assert next(iter(loader))["key"] == [], "an export goes on"
     loader.bad_log = BadImageLog(None, limit=5)
-    with pytest.raises(UserError, match=r"every image of a batch .*sam3_train\.data\.validate"):
+    with pytest.raises(UserError, match=r"no image of a batch .*sam3_train\.data\.validate"):
         next(iter(loader))
 
 

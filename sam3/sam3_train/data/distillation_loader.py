@@ -92,12 +92,13 @@ class DistillationLoader(EpochLoader):
 
     def note(self, batch: dict[str, Any]) -> None:
         """See `EpochLoader`."""
-        if self.bad_log is not None and not batch["key"]:
-            raise UserError(
-                f"every image of a batch is unreadable, e.g. {batch['bad'][0][1]}; list the bad ones with "
-                "python -m sam3_train.data.validate and name the list in DATA.BAD_IMAGES"
-            )
         extras = extras_of(self.dataset)
+        if self.bad_log is not None and not batch["key"]:
+            with_annotations = "" if extras is None else " --annotations --list-annotations"
+            raise UserError(
+                f"no image of a batch can be used, e.g. {batch['bad'][0][1]}; list the bad ones with python -m "
+                f"sam3_train.data.validate{with_annotations} and name the list in DATA.BAD_IMAGES"
+            )
         if extras is not None:
             extras.report(batch)
 

@@ -5,7 +5,8 @@
 
 Every image is decoded completely. Export and training leave out what the list names: --opts DATA.BAD_IMAGES <list>.
 With --annotations the SA-1B annotation of every image is parsed and its masks are decoded too; problems there are
-reported but do not enter the list, because distilling the trunk reads no annotation.
+reported but do not enter the list, because distilling the trunk reads no annotation. For training with prompts add
+--list-annotations: images without a single valid mask then enter the list.
 
 Exit code 0: all is well. 2: something was found; everything is reported and the list is written first.
 """
@@ -35,7 +36,7 @@ _CHUNK = 64
 _worker_state: tuple[ImageIndex, bool] | None = None
 
 Problem = tuple[str, str, str]
-"""``image`` or ``annotation``, key, reason."""
+"""``image``, ``annotation`` or (no mask of it can be used) ``unusable annotation``; key; reason."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     args = _parser().parse_args(argv)
+    if args.list_annotations and not args.annotations:
+        raise UserError("--list-annotations lists what --annotations finds: give both")
     if args.annotations and args.dataset not in ANNOTATED_KINDS:
         raise UserError(
             f"--annotations: the layout {args.dataset!r} has no SA-1B annotations, only "
@@ -60,24 +63,24 @@ def _main(argv: list[str] | None) -> int:
         num_images += len(index)
         for kind, key, reason in check_images(index, args.workers, args.annotations):
             print(reason, file=sys.stderr)
-            if kind == "image":
+            if kind == "image" or (kind == "unusable annotation" and args.list_annotations):
                 bad[key] = " ".join(reason.split())
-            else:
-                num_annotation_problems += 1
+            num_annotation_problems += kind != "image"
     _write_list(output, bad)
-    print(f"{num_images:,} images checked, {len(bad):,} unreadable, listed in {output}")
+    what = "unreadable or without a valid mask" if args.list_annotations else "unreadable"
+    print(f"{num_images:,} images checked, {len(bad):,} {what}, listed in {output}")
     if args.annotations:
         print(f"{num_annotation_problems:,} annotations are missing, empty or malformed")
-    if problems := _problems(bad, num_annotation_problems, output):
+    if problems := _problems(bad, what, num_annotation_problems, output):
         raise UserError.from_problems(args.data_path, problems)
     return 0
 
 
-def _problems(bad: dict[str, str], num_annotation_problems: int, output: Path) -> list[str]:
+def _problems(bad: dict[str, str], what: str, num_annotation_problems: int, output: Path) -> list[str]:
     """What the check ends with, if anything was found."""
     problems = []
     if bad:
-        problems.append(f"{len(bad):,} unreadable photos; repair them, or leave them out: DATA.BAD_IMAGES {output}")
+        problems.append(f"{len(bad):,} photos are {what}; repair them, or leave them out: DATA.BAD_IMAGES {output}")
     if num_annotation_problems:
         problems.append(
             f"{num_annotation_problems:,} missing, empty or malformed annotations, named above; repair them"
@@ -123,7 +126,8 @@ def _check_chunk(start: int) -> list[Problem]:
             try:
                 _check_annotation(index, position)
             except AnnotationError as error:
-                problems.append(("annotation", index.key(position), str(error)))
+                kind = "annotation" if _has_valid_mask(index, position) else "unusable annotation"
+                problems.append((kind, index.key(position), str(error)))
     return problems
 
 
@@ -132,8 +136,24 @@ def _check_annotation(index: ImageIndex, position: int) -> None:
     where = index.annotation_where(position) or index.where(position)
     if content is None:
         raise AnnotationError(f"{where}: has no annotation")
-    for annotated in parse_sa1b_annotation(content, where):
-        annotated.mask()
+    # Not any(): that would stop at the first valid mask.
+    if not sum(bool(annotated.mask().any()) for annotated in parse_sa1b_annotation(content, where)):
+        raise AnnotationError(f"{where}: every mask is empty")
+
+
+def _has_valid_mask(index: ImageIndex, position: int) -> bool:
+    """Whether anything of a faulty annotation can be used."""
+    content, malformed = index.read_annotation(position), list[str]()
+    try:
+        for annotated in parse_sa1b_annotation(content or b"", "", malformed=malformed):
+            try:
+                if annotated.mask().any():
+                    return True
+            except AnnotationError:
+                continue
+    except AnnotationError:
+        return False
+    return False
 
 
 def _write_list(path: Path, bad: dict[str, str]) -> None:
@@ -158,6 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", help=f"the list to write (default: {BAD_IMAGES_FILE} in the data set)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     parser.add_argument("--annotations", action="store_true", help="check SA-1B annotations and their masks too")
+    parser.add_argument("--list-annotations", action="store_true", help="list images without a valid mask as well")
     parser.add_argument("--val-fraction", type=float, default=DEFAULT_VAL_FRACTION, help="as DATA.VAL_FRACTION")
     parser.add_argument("--index-cache", help="as DATA.INDEX_CACHE")
     return parser
