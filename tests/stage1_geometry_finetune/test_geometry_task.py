@@ -39,7 +39,7 @@ def test_gradients_reach_every_student_parameter_and_no_frozen_one(detector, sam
         for heads in (route.teacher, route.student):
             assert not [n for n, p in heads.model.named_parameters() if p.requires_grad or p.grad is not None]
             assert not [n for n, module in heads.model.named_modules() if module.training], "eval mode under train()"
-    prefixes = {name.split("_")[0] for name in out if name not in ("loss", "mse")}
+    prefixes = {name.split("_")[0] for name in out if name not in ("loss", "mse", "objects")}
     assert prefixes == {name for name, runs in (("detector", detector), ("sam", sam)) if runs}
 
 
@@ -95,7 +95,7 @@ def test_an_image_without_objects_is_neither_an_error_nor_a_score():
         out = task(no_objects(make_batch()))
         out["loss"].backward()
         assert all(p.grad is not None for p in task.parameters())
-        assert set(out) == {"loss", "mse"}
+        assert set(out) == {"loss", "mse", "objects"} and out["objects"] == 0
     task.eval()
     with torch.no_grad():
         values = task.validate(no_objects(make_batch("xxxxx")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from pathlib import Path
@@ -13,9 +14,11 @@ from stage1_world import TINY
 
 from sam3.checkpoint_keys import student_to_published
 from sam3.config import Sam3Config, StudentConfig
+from sam3.model.vitdet import ViT
 from sam3_train.checkpoint import load_checkpoint, state_dict_sha256
 from sam3_train.log import read_metrics
 from sam3_train.student_checkpoint import build_trained_student, read_student
+from sam3_train.trainer import Trainer
 
 STEP_1 = "ckpt_step_00000001.pth"
 
@@ -47,7 +50,7 @@ def test_losses_and_validation_are_logged_and_pick_the_best(finished):
     """D-94: each epoch is validated on annotated objects, with a box and with a click."""
     steps = read_metrics(finished, "train")
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
-    assert {"loss", "mse", "sam_mask_bce", "sam_mask_dice", "sam_score", "grad_norm", "lr"} <= steps[0].keys()
+    assert {"loss", "mse", "sam_mask_bce", "sam_mask_dice", "sam_score", "objects", "grad_norm"} <= steps[0].keys()
     validations = read_metrics(finished, "val")
     assert len(validations) == 2
     assert {"truth_iou", "sam_box_truth_iou", "sam_click_truth_iou", "teacher_iou"} <= validations[0].keys()
@@ -114,6 +117,21 @@ def test_both_routes_and_trained_parts_with_the_teacher_in_the_loop(finetune_wor
     assert any(prefix.startswith("detector.backbone.vision_backbone.convs") for prefix in prefixes)
     assert any(prefix.startswith("tracker.sam_mask_decoder") for prefix in prefixes)
     assert not any("trunk" in prefix or "language" in prefix for prefix in prefixes)
+
+
+def test_the_teacher_s_trunk_is_never_there_with_stored_embeddings(finetune_world, tmp_path, monkeypatch):
+    """D-90: looked for among all living objects when the first step begins; what the preflight hashed is gone."""
+    found = []
+
+    def look(run_self):
+        gc.collect()
+        found.append([each for each in gc.get_objects() if type(each) is ViT])
+
+    monkeypatch.setattr(Trainer, "train", look)
+    assert finetune(finetune_world.finetune("trunk"), tmp_path / "stored") == 0
+    assert finetune(finetune_world.finetune("trunk"), tmp_path / "online", "--online-teacher") == 0
+    stored, online = ([module for module in each if not next(module.parameters()).is_meta] for each in found)
+    assert not stored and len(online) == 1
 
 
 def test_the_plan_is_printed_and_a_dry_run_computes_nothing(finetune_world, tmp_path, capfd):
