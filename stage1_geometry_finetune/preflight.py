@@ -16,11 +16,10 @@ from yacs.config import CfgNode
 from sam3.checkpoint_io import read_checkpoint
 from sam3.checkpoint_parts import DETECTOR, HEADS, NECK, POINT_PROMPTS, SEGMENTATION, TEXT, TRUNK, Part, part_of
 from sam3.config import Sam3Config
-from sam3.model_builder import assemble_image_model
 from sam3.recognition import Recognised, recognise
 from sam3_train.errors import UserError
 from sam3_train.feature_scale import NORMALIZATIONS
-from stage1_geometry_finetune.frozen_heads import FrozenHeads
+from stage1_geometry_finetune.frozen_heads import trained_part_sizes
 
 LOSS_WEIGHTS = ("EMBEDDING", "MASK_BCE", "MASK_DICE", "SCORE", "PRESENCE", "BOX", "ROUTE_DETECTOR", "ROUTE_SAM")
 
@@ -136,11 +135,12 @@ def _differing(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor], parts: 
 
 
 def num_trained_with_student(cfg: CfgNode, teacher: Sam3Config) -> int:
-    """Parameters that are trained beside the student (``MODEL.TRAIN_NECK``, ``MODEL.TRAIN_MASK_DECODER``)."""
-    if not (cfg.MODEL.TRAIN_NECK or cfg.MODEL.TRAIN_MASK_DECODER):
-        return 0
-    detector, sam = cfg.DISTILL.ROUTE_DETECTOR > 0, cfg.DISTILL.ROUTE_SAM > 0
-    model = assemble_image_model(teacher, enable_inst_interactivity=sam, device="meta", enable_detector=detector)
-    heads = FrozenHeads(model, None, None)
-    _, trained = heads.trainable_copy(neck=cfg.MODEL.TRAIN_NECK, mask_decoder=cfg.MODEL.TRAIN_MASK_DECODER)
-    return sum(parameter.numel() for parameter in trained.values())
+    """Values that are trained and saved beside the student (``MODEL.TRAIN_NECK``, ``MODEL.TRAIN_MASK_DECODER``)."""
+    sizes = trained_part_sizes(
+        teacher,
+        detector=cfg.DISTILL.ROUTE_DETECTOR > 0,
+        sam=cfg.DISTILL.ROUTE_SAM > 0,
+        neck=cfg.MODEL.TRAIN_NECK,
+        mask_decoder=cfg.MODEL.TRAIN_MASK_DECODER,
+    )
+    return sum(sizes.values())
