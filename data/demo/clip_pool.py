@@ -33,6 +33,9 @@ MAX_STEP = 4
 """Largest distance between frames that are kept: objects then move up to four times as fast."""
 MAX_OBJECTS = NUM_OBJECTS[1]
 FEATURES_PER_PASS = 8
+VANISHING_SHARE = 0.6
+"""Of the cuts that are drawn at random: so many show, where a clip can, an object that is gone later. With fewer, a
+tracker learns that everything is always there."""
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,8 @@ class ClipBatch:
 def choose_clips(batch: dict[str, Tensor], num_frames: int, num_chosen: int, shuffle: bool) -> ClipBatch:
     """Cut ``num_frames`` frames out of each clip and pick ``num_chosen`` of the objects that their first frame shows.
 
-    Clips with fewer objects there give all they have. A cut whose first frame shows nothing is moved.
+    Clips with fewer objects there give all they have. A cut whose first frame shows nothing is moved. With ``shuffle``,
+    objects that vanish are preferred.
 
     Args:
         batch: Collated items of a `ClipPool`.
@@ -226,6 +230,8 @@ def choose_clips(batch: dict[str, Tensor], num_frames: int, num_chosen: int, shu
             continue
         visible = shown[frames[0]].nonzero()[:, 0]
         order = visible[torch.randperm(len(visible))] if shuffle else visible
+        if shuffle:
+            order = order[torch.argsort(shown[frames][:, order].all(dim=0).int(), stable=True)]  # who vanishes first
         chosen = order[:num_chosen]
         rows = [batch[name][i, frames].float() for name in TrackerFeatures._fields]
         maps += [TrackerFeatures(*rows)] * len(chosen)
@@ -244,13 +250,14 @@ def choose_clips(batch: dict[str, Tensor], num_frames: int, num_chosen: int, shu
 def _cut(shown: Tensor, num_frames: int, shuffle: bool) -> Tensor | None:
     """Indices of frames, the first of which shows something; None if no frame can be the first."""
     total = len(shown)
-    any_shown = shown.any(dim=1).cpu()
-    steps = [step for step in (1, 2) if step * (num_frames - 1) < total]
-    step = steps[int(torch.randint(len(steps), ()))] if shuffle else 1
-    starts = any_shown[: total - step * (num_frames - 1)].nonzero()[:, 0]
-    if not len(starts) and step > 1:
-        step, starts = 1, any_shown[: total - num_frames + 1].nonzero()[:, 0]
-    if not len(starts):
-        return None
-    start = starts[int(torch.randint(len(starts), ()))] if shuffle else starts[0]
-    return start + step * torch.arange(num_frames)
+    cuts = [
+        start + step * torch.arange(num_frames)
+        for step in (1, 2)
+        for start in range(total - step * (num_frames - 1))
+        if shown[start].any()
+    ]
+    if not cuts or not shuffle:
+        return cuts[0] if cuts else None
+    if float(torch.rand(())) < VANISHING_SHARE:
+        cuts = [cut for cut in cuts if (shown[cut[0]] & ~shown[cut].all(dim=0)).any()] or cuts
+    return cuts[int(torch.randint(len(cuts), ()))]

@@ -8,6 +8,7 @@ import torch
 from clip_pool import ClipBatch, choose_clips
 from teacher_task import balanced_cross_entropy
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sam3.model.clip_forward import ClipPlan, ClipPrompting, ClipResult, draw_plan, forward_clip, is_present
 from sam3.model.sam3_tracker import Sam3Tracker
@@ -25,6 +26,7 @@ SMALL_LR_SCALE = 0.03
 """For the weights that make them as small in the memory encoder."""
 FOCAL_WEIGHT, IOU_WEIGHT, OTHERS_SHARE = 20.0, 2.0, 0.5
 BALANCED_WEIGHT = 2.0
+ABSENT_WEIGHT = 0.5
 
 
 class TrackingTask(Task):
@@ -83,12 +85,15 @@ class TrackingTask(Task):
             PROMPTING,
             video_frames=VIDEO_FRAMES,
             force_presence=hint > 0.0,
+            through_masks=False,
         )
         self.steps_done += 1
         answers = judged_answers(result, clips)
         weights = TrackingLossWeights((1.0 - hint) * FOCAL_WEIGHT, iou=IOU_WEIGHT, others=max(hint, OTHERS_SHARE))
         terms = tracking_losses(answers, weights)
         terms["marked"] = self._marked_loss(result, clips)
+        terms["absent"] = absent_loss(answers)
+        terms["loss"] = terms["loss"] + ABSENT_WEIGHT * terms["absent"]
         if hint:
             terms["balanced"] = balanced_loss(answers)
             terms["loss"] = terms["loss"] + hint * (BALANCED_WEIGHT * terms["balanced"] + terms["marked"])
@@ -163,6 +168,12 @@ def balanced_loss(answers: list[TrackingAnswer]) -> Tensor:
         loss = balanced_cross_entropy(answer.mask_logits.flatten(0, 1), targets).view(-1, num_masks).mean(dim=1)
         losses.append((loss * answer.present).sum() / len(loss))
     return torch.stack(losses).mean()
+
+
+def absent_loss(answers: list[TrackingAnswer]) -> Tensor:
+    """Cross entropy of the object score over absent objects alone, which are few; 0 where there are none."""
+    scores = torch.cat([answer.object_score_logits[~answer.present] for answer in answers]).float()
+    return F.binary_cross_entropy_with_logits(scores, torch.zeros_like(scores), reduction="sum") / max(1, len(scores))
 
 
 def tracked_ious(result: ClipResult, clips: ClipBatch) -> tuple[Tensor, Tensor]:

@@ -23,12 +23,13 @@ from tracker_eval import (
     track_clip,
 )
 from tracker_init import init_for_tracking
-from tracker_task import TrackingTask, judged_answers, tracked_ious
+from tracker_task import TrackingTask, absent_loss, judged_answers, tracked_ious
 
 import sam3
 from sam3.checkpoint_io import sha256_file
 from sam3.model.clip_forward import ClipPlan, forward_clip
 from sam3.model.sam3_image import Sam3Image
+from sam3_train.tracking_losses import TrackingAnswer
 
 WEIGHTS = train_tiny_tracker.WEIGHTS
 
@@ -78,6 +79,34 @@ def test_cuts_start_with_objects_and_keep_clips_apart(batch: dict[str, Tensor]):
             assert (same.sum(dim=1) == 1).all(), "every object sees a frame of its own clip"
     with pytest.raises(ValueError, match="clips of 9 frames can't be cut from stored ones of 5"):
         choose_clips(batch, 9, 2, shuffle=False)
+
+
+def test_cuts_prefer_objects_that_vanish():
+    shape = {"fine": (8, 4, 4), "middle": (8, 2, 2), "coarse": (8, 1, 1)}
+    coverage = torch.full((1, 6, 3, 4, 4), 255, dtype=torch.uint8)
+    coverage[0, 4:, 1] = 0
+    batch = {name: torch.zeros(1, 6, *size) for name, size in shape.items()}
+    batch |= {"coverage": coverage, "count": torch.tensor([3])}
+    torch.manual_seed(0)
+    draws = [choose_clips(batch, 3, 1, shuffle=True).coverage_tbhw[:, 0].amax(dim=(1, 2)) for _ in range(60)]
+    vanishing = sum(bool((shown == 0).any()) for shown in draws)
+    assert all(shown[0] == 1 for shown in draws)
+    # Of all cuts, three of six show it; of those drawn without preference, half of the rest.
+    assert 36 <= vanishing <= 58
+
+
+def test_the_score_of_absent_objects_is_judged_apart():
+    def answer(scores: list[float], present: list[bool]) -> TrackingAnswer:
+        count = len(scores)
+        zeros = torch.zeros(count, 1, 4, 4)
+        return TrackingAnswer(
+            zeros, torch.zeros(count, 1), torch.tensor(scores)[:, None], zeros[:, 0], torch.tensor(present)
+        )
+
+    found = absent_loss([answer([9.0, 2.0], [True, False]), answer([-2.0], [False])])
+    expected = torch.nn.functional.softplus(torch.tensor([2.0, -2.0])).mean()
+    torch.testing.assert_close(found, expected)
+    assert absent_loss([answer([9.0], [True])]) == 0
 
 
 def test_the_start_already_remembers_where_objects_were(model: Sam3Image, batch: dict[str, Tensor]):

@@ -91,6 +91,24 @@ def test_gradients_reach_everything_through_the_memory() -> None:
         assert grad is None or grad.abs().max() > 0, name
 
 
+def test_gradients_may_stop_at_the_masks_of_earlier_frames() -> None:
+    found: dict[bool, tuple[ClipResult, Tensor | None, Tensor | None]] = {}
+    for through in (True, False):
+        tracker = make_tracker()
+        for parameter in tracker.obj_ptr_proj.parameters():
+            torch.nn.init.zeros_(parameter)  # so that masks are the only way back to the first answer
+        for pointer in (tracker.no_obj_ptr, tracker.obj_ptr_tpos_proj.weight):
+            pointer.requires_grad_(False)
+        result = forward_clip(tracker, make_clip(2), make_coverage(2), ClipPlan("click", (0,)), through_masks=through)
+        first = result.answers[0].sam.mask_logits
+        result.answers[1].sam.mask_logits.sum().backward(inputs=[first, *tracker.maskmem_backbone.parameters()])
+        found[through] = result, first.grad, tracker.maskmem_backbone.out_proj.weight.grad
+    assert torch.equal(*(result.answers[1].sam.mask_logits for result, _, _ in found.values()))
+    assert found[True][1] is not None and found[True][1].abs().sum() > 0
+    assert found[False][1] is None
+    assert all(weight is not None and weight.abs().sum() > 0 for _, _, weight in found.values())
+
+
 def test_clips_tracked_at_once_give_what_each_gives_alone() -> None:
     tracker = make_tracker().eval()
     first, second = make_clip(3, seed=1), make_clip(3, seed=2)

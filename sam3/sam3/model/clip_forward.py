@@ -147,6 +147,7 @@ def forward_clip(
     *,
     video_frames: int | None = None,
     force_presence: bool = False,
+    through_masks: bool = True,
     generator: torch.Generator | None = None,
 ) -> ClipResult:
     """Track B objects through a clip of T frames.
@@ -163,6 +164,8 @@ def forward_clip(
             T. Long videos behave as 16 frames do.
         force_presence: Write memories and pointers as if the object score were right. A head that finds objects absent
             by mistake otherwise stops every gradient through their masks.
+        through_masks: Let gradients of later frames pass through the masks that memories are made of, into earlier
+            answers. Over many frames they grow; without them, memory and answers still learn from every frame.
         generator: Source of randomness; None: torch's global generator.
 
     Raises:
@@ -182,6 +185,7 @@ def forward_clip(
         prompting or ClipPrompting(),
         max(num_frames, video_frames or num_frames),
         force_presence,
+        through_masks,
         generator,
     )
     for t in (*plan.prompted, *(t for t in range(num_frames) if t not in plan.prompted)):
@@ -206,11 +210,12 @@ class _Player:
         prompting: ClipPrompting,
         video_frames: int,
         force_presence: bool,
+        through_masks: bool,
         generator: torch.Generator | None,
     ) -> None:
         self.tracker, self.features, self.coverage, self.plan = tracker, features, coverage_tbhw, plan
         self.prompting, self.video_frames, self.generator = prompting, video_frames, generator
-        self.force_presence = force_presence
+        self.force_presence, self.through_masks = force_presence, through_masks
         side = tracker.config.image_size_px
         self.frame_hw = (side, side)
         self.present = is_present(coverage_tbhw)
@@ -235,7 +240,8 @@ class _Player:
                 output, points = self._correct(t, conditioned, output, points)
         if self.force_presence and output.sam is not None:
             output = _with_presence(tracker, output, output.sam, self.present[t])
-        record = tracker.make_record(features, output, masks, points is not None)
+        written = output if self.through_masks else output._replace(pred_masks=output.pred_masks.detach())
+        record = tracker.make_record(features, written, masks, points is not None)
         store = self.result.bank.cond if is_prompted or t in self.plan.corrected else self.result.bank.non_cond
         store[t] = record
         self.result.outputs[t] = output
