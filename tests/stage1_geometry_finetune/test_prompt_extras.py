@@ -236,6 +236,7 @@ def test_which_objects_are_chosen_is_uniform_over_epochs(photos):
 
 
 def test_the_kind_of_prompt_is_drawn_per_object_in_the_given_shares(photos):
+    """D-93: a coin per object, not one per batch, and each object is a query of its own (D-83)."""
     spec = PromptSpec(20, box_share=2, point_share=1, both_share=1, num_points=(1, 3), min_area=0)
     kinds, counts = torch.zeros(3), torch.zeros(4)
     for epoch in range(30):
@@ -245,6 +246,7 @@ def test_the_kind_of_prompt_is_drawn_per_object_in_the_given_shares(photos):
             [(batch.has_box & ~has_points), (~batch.has_box & has_points), batch.has_box & has_points]
         ).sum(1)
         counts += torch.bincount(batch.is_point.sum(1), minlength=4)
+        assert len(set((batch.has_box + 2 * has_points.int()).tolist())) > 1
         assert (batch.has_box | has_points).all() and (batch.point_labels == batch.is_point).all()
     torch.testing.assert_close(kinds / kinds.sum(), torch.tensor([0.5, 0.25, 0.25]), atol=0.06, rtol=0)
     torch.testing.assert_close(counts[1:] / counts[1:].sum(), torch.full((3,), 1 / 3), atol=0.08, rtol=0)

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from annotated_photos import make_photos, record, shape
+from PIL import Image
 
 from sam3.image_input import to_rgb_uint8
 from sam3.preprocess import Preprocess
-from sam3_train.data.augmentation import AugmentSpec
+from sam3_train.data.augmentation import AugmentSpec, view_of_seed
 from sam3_train.data.bad_images import BadImageLog
 from sam3_train.data.distillation_dataset import DistillationDataset
 from sam3_train.data.distillation_loader import build_loader
@@ -110,6 +111,43 @@ def test_a_batch_is_ragged_and_moves_as_one(photos):
     for name, dtype in (("boxes_cxcywh", torch.float32), ("masks", torch.bool), ("point_labels", torch.int64)):
         assert getattr(prompts, name).dtype == dtype
     assert prompts.masks.shape[1:] == (16, 16) and prompts.masks.flatten(1).any(1).all()
+
+
+@pytest.mark.parametrize("preprocess", [Preprocess(56), Preprocess(56, "letterbox")], ids=["stretch", "letterbox"])
+def test_prompts_and_masks_are_where_the_view_has_the_pixels(tmp_path, preprocess):
+    """D-01, D-85: the same crop, flip and mapping for pixels, points, boxes and masks; nothing lies in the padding."""
+    masks = [np.zeros((120, 180), bool) for _ in range(4)]
+    for i, mask in enumerate(masks):
+        mask[15 + 60 * (i // 2) : 55 + 60 * (i // 2), 15 + 90 * (i % 2) : 75 + 90 * (i % 2)] = True
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]], np.uint8)
+    index = make_photos(tmp_path, {"sa_1": record(masks)})
+    pixels = np.zeros((120, 180, 3), np.uint8)
+    for mask, colour in zip(masks, colours, strict=True):
+        pixels[mask] = colour
+    Image.fromarray(pixels).save(tmp_path / "images/train/sa_1.jpg", quality=100, subsampling=0)
+    extras = PromptExtras(PromptSpec(4, 0, 0, 1, point_sampling="centre", box_jitter=0), preprocess, 56)
+    dataset = DistillationDataset(index, preprocess, "online", 4, augment=AugmentSpec(), seed=1, extras=extras)
+    flips = set()
+    for epoch in range(12):
+        dataset.set_epoch(epoch)
+        item = dataset[0]
+        image, prompts = item["image"], item["prompts"]
+        flips.add(view_of_seed(AugmentSpec(), item["seed"]).is_flipped)
+        for box, (point,), mask in zip(prompts.boxes_cxcywh, prompts.points_xy, prompts.masks, strict=True):
+            x, y = (point * 56).long().tolist()
+            colour = image[:, y, x]
+            assert (colour.abs() > 0.8).all() and colour.max() > 0.8, "the middle of a shape has one of their colours"
+            alike = ((image - colour[:, None, None]).abs() < 0.98).all(0)  # half of the way to black; padding is there
+            assert (alike & mask).sum() / (alike | mask).sum() > 0.85, "and its mask covers what has that colour"
+            rows, columns = alike.any(1).nonzero(), alike.any(0).nonzero()
+            seen = torch.stack([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+            torch.testing.assert_close(corners(box) * 56, seen.float(), atol=1.0, rtol=0)
+            assert item["valid"][0, y * 4 // 56, x * 4 // 56] == 1
+    assert flips == {False, True}
+
+
+def corners(box_cxcywh: torch.Tensor) -> torch.Tensor:
+    return torch.cat([box_cxcywh[:2] - box_cxcywh[2:] / 2, box_cxcywh[:2] + box_cxcywh[2:] / 2])
 
 
 def as_tar(index: ImageIndex, path: Path) -> Path:
