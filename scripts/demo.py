@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEACHER = Path("data/demo/tiny_teacher.safetensors")
 TEACHER_CFG = Path("stage1/configs/teacher/demo_tiny.yaml")
 STUDENT_CFG = Path("stage1/configs/demo_cnn.yaml")
+FINETUNE_CFG = Path("stage1_geometry_finetune/configs/demo_cnn.yaml")
 STUDENT = "demo_cnn"
 LAUNCH_SOURCES = (Path("scripts/launch.sh"), Path("sam3/sam3_train/torchrun.py"))
 # Two processes of one thread each beat one of two on networks this small, and show that every step is distributed.
@@ -64,7 +65,9 @@ def with_bases(cfg_file: Path) -> list[Path]:
 def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[Step]:
     """The demo from an empty folder to the page; paths are relative to the repository where they lie in it."""
     world, export, run = output / "world", output / "stage1_teacher", output / "stage1" / STUDENT
+    tuned_run = output / "stage1_geometry" / STUDENT
     merged, page = output / f"efficient_sam3_{STUDENT}.pt", output / "index.html"
+    tuned = output / f"efficient_sam3_{STUDENT}_geometry.pt"
     world_options = [word for name, value in settings["WORLD"].items() for word in (f"--{name}", str(value))]
     cpu = ["DEVICE=cpu", f"NPROC={PROCESSES}"]
     return [
@@ -116,11 +119,39 @@ def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[S
             owned=[merged],
         ),
         Step(
+            "finetune",
+            "Fine-tune the student through the teacher's frozen heads",
+            [
+                *("bash", "stage1_geometry_finetune/scripts/train_geometry_finetune.sh", f"CFG={FINETUNE_CFG}"),
+                *(f"DATA_PATH={world}", f"OUTPUT={tuned_run}", f"PRETRAINED={run / 'best.pth'}"),
+                *(f"TEACHER_EMBED_PATH={export / 'embeddings'}", *cpu),
+            ],
+            [
+                *(*with_bases(FINETUNE_CFG), Path("stage1_geometry_finetune/scripts/train_geometry_finetune.sh")),
+                *(TEACHER, *LAUNCH_SOURCES),
+                *sources_of(Path("stage1_geometry_finetune/train_geometry_finetune.py"), ROOT),
+            ],
+            [tuned_run / "best.pth"],
+            owned=[tuned_run],
+        ),
+        Step(
+            "convert",
+            "Put the fine-tuned student into the merged file",
+            [
+                *("python", "stage1_geometry_finetune/convert_geometry_finetune.py", "--finetune-ckpt"),
+                *(str(tuned_run / "best.pth"), "--pretrained", str(merged), "--output", str(tuned)),
+            ],
+            sources_of(Path("stage1_geometry_finetune/convert_geometry_finetune.py"), ROOT),
+            [tuned],
+            owned=[tuned],
+        ),
+        Step(
             "report",
             "Compare teacher and student",
             [
                 *("python", "scripts/demo_report.py", "--cfg", str(cfg_file), "--world", str(world)),
                 *("--teacher", str(TEACHER), "--student", str(merged), "--run", str(run)),
+                *("--finetuned", str(tuned), "--finetune-run", str(tuned_run)),
                 *("--stamps", str(output / "steps"), "--output", str(page)),
             ],
             [

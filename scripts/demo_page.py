@@ -80,6 +80,44 @@ class Tracking:
 
 
 @dataclass(frozen=True)
+class TunedScore:
+    """One measure on the held-out scenes, 0..1, of the teacher and of the student before and after the fine-tune."""
+
+    words: str
+    teacher: float
+    before: float
+    after: float
+
+    @property
+    def gain_points(self) -> float:
+        return 100.0 * (self.after - self.before)
+
+
+@dataclass(frozen=True)
+class TunedScene:
+    """One held-out object, segmented by the teacher and by the student before and after the fine-tune."""
+
+    title: str
+    prompt: str
+    views_jpeg: tuple[bytes, bytes, bytes, bytes]
+    """The image with its prompt, the teacher's mask, the student's before and after."""
+    teacher_iou: float
+    before_iou: float
+    after_iou: float
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """What the geometry fine-tune changed."""
+
+    scores: Sequence[TunedScore]
+    """The first is the headline (box)."""
+    scenes: Sequence[TunedScene]
+    chart: str
+    """`svg_chart.line_chart` element."""
+
+
+@dataclass(frozen=True)
 class ModelRow:
     """What a model weighs and how fast it is."""
 
@@ -125,6 +163,7 @@ class Report:
     detector_scores: Sequence[DetectorScore] = ()
     num_phrases: int = 0
     tracking: Tracking | None = None
+    finetune: FineTune | None = None
 
 
 STYLE = (Path(__file__).parent / "demo_page.css").read_text(encoding="utf-8")
@@ -155,6 +194,17 @@ def _figure(one: Comparison) -> str:
     return f'<figure><figcaption>{title} · {agreement}</figcaption><div class="views">{views}</div></figure>'
 
 
+def _tuned_figure(one: TunedScene) -> str:
+    names = ("prompt: " + html.escape(one.prompt), "teacher", "before", "after")
+    alts = (f"{one.title} with its prompt", *(f"mask of {who} on {one.title}" for who in ("the teacher", *names[2:])))
+    ious = ("", *(f": IoU <b>{iou:.2f}</b>" for iou in (one.teacher_iou, one.before_iou, one.after_iou)))
+    views = "".join(
+        f"<div>{_image(jpeg, alt)}<span>{name}{iou}</span></div>"
+        for jpeg, alt, name, iou in zip(one.views_jpeg, alts, names, ious, strict=True)
+    )
+    return f'<figure><figcaption>{html.escape(one.title)}</figcaption><div class="views four">{views}</div></figure>'
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (0,)) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         classes = [' class="text"' if index in text_columns else "" for index in range(len(values))]
@@ -174,6 +224,9 @@ def _headline(report: Report) -> str:
         (f"{student.encoder_params / teacher.encoder_params:.0%}", "of the parameters of the teacher's image encoder"),
         (f"{teacher.encode_ms / student.encode_ms:.1f}×", "the teacher's speed on this CPU, one image"),
     ]
+    if report.finetune is not None:
+        tuned = report.finetune.scores[0]
+        facts.append((f"{tuned.gain_points:+.1f}", f"points of {tuned.words} by the geometry fine-tune"))
     return '<div class="headline">' + "".join(f"<div><b>{a}</b>{html.escape(b)}</div>" for a, b in facts) + "</div>"
 
 
@@ -193,6 +246,23 @@ phrase or an example box describes. {report.num_phrases} phrases on held-out sce
 IoU is of everything found with everything meant.</p>
 {_table(["measure", "teacher", "student"], rows)}
 <div class="grid-rows">{"".join(_figure(one) for one in report.phrases)}</div>"""
+
+
+def _finetune(finetune: FineTune | None) -> str:
+    """The section on the geometry fine-tune; empty where it did not run."""
+    if finetune is None:
+        return ""
+    rows = [
+        [html.escape(s.words), f"{s.teacher:.3f}", f"{s.before:.3f}", f"{s.after:.3f}", f"{s.gain_points:+.1f}"]
+        for s in finetune.scores
+    ]
+    return f"""<h2>Geometry fine-tune: before and after</h2>
+<p>Stage 1, shown above, taught the student the teacher's features. The fine-tune then put prompts in the loop: both
+features went through the same frozen neck and heads, and the student learned to be answered as the teacher is. Measured
+on the same scenes and objects as above; the pictures are of the same objects and were not chosen by their results.</p>
+{_table(["measure", "teacher", "before", "after", "gain, points"], rows)}
+<div class="stack">{"".join(_tuned_figure(one) for one in finetune.scenes)}</div>
+<div class="charts"><div>{finetune.chart}</div></div>"""
 
 
 def _tracking(tracking: Tracking | None) -> str:
@@ -272,6 +342,7 @@ Mean over {report.num_objects} objects:</p>
 {_scores_table(report)}
 <div class="grid-rows">{scenes}</div>
 {_phrases(report)}
+{_finetune(report.finetune)}
 {_tracking(report.tracking)}
 <h2>Real photos</h2>
 <p>No ground truth exists here: the IoU is the student's mask against the teacher's, which is what distillation is

@@ -4,7 +4,8 @@
         --teacher data/demo/tiny_teacher.safetensors --student output/demo/efficient_sam3_demo_cnn.pt \
         --run output/demo/stage1/demo_cnn --stamps output/demo/steps --output output/demo/index.html
 
-Beside the page it writes ``results.json`` with the same numbers.
+``--finetuned`` and ``--finetune-run`` add what the geometry fine-tune changed. Beside the page it writes
+``results.json`` with the same numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from typing import Any
 import torch
 import yaml
 from demo_compare import Prompt, compare, describe_model
-from demo_page import Comparison, DetectorScore, ModelRow, Report, StepRow, Tracking, render_page
+from demo_finetune import compare_finetuned
+from demo_page import Comparison, DetectorScore, FineTune, ModelRow, Report, StepRow, Tracking, TunedScene, render_page
 from demo_phrases import compare_phrases, detector_scores
 from demo_scores import box_ious, checkpoint_scores, read_scenes, score_prompts, shown_prompts
 from demo_tracking import compare_tracking
@@ -159,7 +161,7 @@ def from_root(path: Path) -> str:
 def write_results(path: Path, report: Report) -> None:
     """The page's numbers as JSON."""
 
-    def numbers(one: Comparison) -> dict[str, Any]:
+    def numbers(one: Comparison | TunedScene) -> dict[str, Any]:
         return {field: value for field, value in vars(one).items() if field != "views_jpeg"}
 
     tracking = report.tracking
@@ -181,6 +183,12 @@ def write_results(path: Path, report: Report) -> None:
         "photos": [numbers(one) for one in report.photos],
         "models": [dataclasses.asdict(model) for model in report.models],
         "steps": [dataclasses.asdict(step) for step in report.steps],
+        "finetune": None
+        if report.finetune is None
+        else {
+            "scores": [dataclasses.asdict(score) for score in report.finetune.scores],
+            "scenes": [numbers(one) for one in report.finetune.scenes],
+        },
         "environment": report.environment,
         "load_lines": report.load_lines,
     }
@@ -189,7 +197,7 @@ def write_results(path: Path, report: Report) -> None:
 
 def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Report:
     """Run every comparison, with a progress bar."""
-    with tqdm(total=8, desc="report", unit="part") as progress:
+    with tqdm(total=9, desc="report", unit="part") as progress:
         teacher, student = sam3.load_model(args.teacher, "cpu"), sam3.load_model(args.student, "cpu")
         photos = photo_prompts(args.world, settings["photos"])
         models = measure_models(args, teacher, student, photos[0][0], settings["latency_repeats"])
@@ -208,6 +216,11 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
         if teacher.has_detector:
             phrases = compare_phrases(teacher, student, test[: settings["num_phrase_scenes"]])
             measures, num_phrases = detector_scores(teacher, student, test[: settings["num_scored_phrase_scenes"]])
+        progress.update()
+        finetune: FineTune | None = None
+        if args.finetuned is not None:
+            models_by_name = {"teacher": teacher, "before": student, "after": sam3.load_model(args.finetuned, "cpu")}
+            finetune = compare_finetuned(models_by_name, test, scores, measures, settings, args.finetune_run)
         progress.update()
         tracking = track_clips(args.world, teacher, student, settings)
         progress.update()
@@ -234,6 +247,7 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
         detector_scores=measures,
         num_phrases=num_phrases,
         tracking=tracking,
+        finetune=finetune,
         environment={
             "EfficientSAM3": sam3.__version__,
             "torch": torch.__version__,
@@ -275,6 +289,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", type=Path, required=True, help="the teacher's checkpoint")
     parser.add_argument("--student", type=Path, required=True, help="the merged file")
     parser.add_argument("--run", type=Path, required=True, help="folder of the student's training run")
+    parser.add_argument("--finetuned", type=Path, help="the merged file after the geometry fine-tune")
+    parser.add_argument("--finetune-run", type=Path, help="folder of the fine-tuning; goes with --finetuned")
     parser.add_argument("--stamps", type=Path, help="folder of the demo's finished steps, for their commands and times")
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
     return parser
@@ -282,11 +298,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
-    problems = [
-        f"{path} does not exist"
-        for path in (args.cfg, args.world, args.teacher, args.student, args.run)
-        if not path.exists()
-    ]
+    paths = (args.cfg, args.world, args.teacher, args.student, args.run, args.finetuned, args.finetune_run)
+    problems = [f"{path} does not exist" for path in paths if path is not None and not path.exists()]
+    if (args.finetuned is None) != (args.finetune_run is None):
+        problems.append("--finetuned and --finetune-run go together")
     if problems:
         raise UserError.from_problems("no report", problems)
     report = build_report(args, yaml.safe_load(args.cfg.read_text())["REPORT"])
@@ -295,6 +310,8 @@ def _main(argv: list[str] | None) -> int:
     write_results(args.output.with_name("results.json"), report)
     for score in report.scores:
         print(f"{score.prompt}: teacher {score.teacher:.3f}, student {score.student:.3f} ({score.ratio:.1%})")
+    for tuned in report.finetune.scores if report.finetune else ():
+        print(f"{tuned.words}: fine-tuned {tuned.before:.3f} -> {tuned.after:.3f} ({tuned.gain_points:+.1f} points)")
     return 0
 
 

@@ -20,6 +20,8 @@ from sam3_train.errors import UserError
 from sam3_train.student_checkpoint import build_trained_student, read_student
 
 MAX_CHECKPOINTS = 12
+PROMPT_WORDS = {"box": "box", "one_click": "one click", "three_clicks": "three clicks"}
+"""What `demo_eval.evaluate_promptable` measures, and what the page calls it."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,7 @@ def box_ious(model: Any, scenes: Sequence[SceneFile]) -> np.ndarray:
 def score_prompts(teacher: Any, student: Any, scenes: Sequence[SceneFile]) -> tuple[list[Score], int]:
     """Mean IoU of both models with the exact masks, by kind of prompt, box first; and the number of objects."""
     results = [evaluate_promptable(model, scenes) for model in (teacher, student)]
-    kinds = {"box": "box", "one_click": "one click", "three_clicks": "three clicks"}
-    scores = [Score(words, results[0][kind], results[1][kind]) for kind, words in kinds.items()]
+    scores = [Score(words, results[0][kind], results[1][kind]) for kind, words in PROMPT_WORDS.items()]
     return scores, int(results[0]["num_objects"])
 
 

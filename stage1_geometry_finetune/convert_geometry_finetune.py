@@ -1,7 +1,7 @@
 """Put a fine-tuned student into the merged file of stage 1, prove that the result works, and say how to load it.
 
     python stage1_geometry_finetune/convert_geometry_finetune.py \\
-        --finetune-ckpt output/stage1_geometry_finetune/es_rv_m/best.pth \\
+        --finetune-ckpt output/stage1_geometry/es_rv_m/best.pth \\
         --pretrained output/efficient_sam3_repvit_m.pt --output output/efficient_sam3_repvit_m_geometry.pt
 
 Exactly the student's weights are replaced (and those of the neck or the mask decoder, if the run trained them), in the

@@ -12,7 +12,20 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from demo_drawing import BOX_RGB, STUDENT_RGB, draw_mask, draw_prompt, to_jpeg
-from demo_page import Comparison, ModelRow, Report, Score, StepRow, TrackedClip, Tracking, TrackingScore, render_page
+from demo_page import (
+    Comparison,
+    FineTune,
+    ModelRow,
+    Report,
+    Score,
+    StepRow,
+    TrackedClip,
+    Tracking,
+    TrackingScore,
+    TunedScene,
+    TunedScore,
+    render_page,
+)
 from PIL import Image
 from svg_chart import Series, line_chart, nice_ticks
 
@@ -189,3 +202,23 @@ def test_videos_are_shown_where_there_is_a_tracker():
         assert expected in page.text, expected
     kinds = [image["src"].split(";")[0] for image in page.images if "clip <7>" in image["alt"]]
     assert kinds == ["data:image/jpeg", "data:image/webp"]
+
+
+def test_the_fine_tune_is_shown_before_and_after_where_it_ran():
+    """Gains and losses alike, in points; three masks of each object beside the prompt."""
+    report = make_report()
+    assert "before and after" not in Page(render_page(report)).text
+    picture = report.scenes[0].views_jpeg[0]
+    finetune = FineTune(
+        [TunedScore("box mIoU", 0.842, 0.773, 0.791), TunedScore("one click mIoU", 0.788, 0.708, 0.701)],
+        [TunedScene("scene <9>", "one click", (picture,) * 4, 0.9, 0.61, 0.72)],
+        report.charts[0],
+    )
+    page = Page(render_page(dataclasses.replace(report, finetune=finetune)))
+    assert page.open == []
+    for expected in ("+1.8 points of box mIoU by the geometry fine-tune", "0.773 0.791 +1.8", "0.708 0.701 -0.7"):
+        assert expected in page.text, expected
+    assert "after: IoU 0.72" in page.text and "scene <9>" in page.text
+    alts = [str(values["alt"]) for values in page.images]
+    assert {"mask of the teacher on scene <9>", "mask of before on scene <9>", "mask of after on scene <9>"} <= {*alts}
+    assert all(link.startswith("data:image/") for link in page.links)

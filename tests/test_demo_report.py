@@ -10,7 +10,9 @@ import pytest
 import torch
 from demo_compare import Prompt, compare, describe_model, iou, segment
 from demo_eval import evaluate_promptable
+from demo_finetune import compare_finetuned, loss_chart
 from demo_report import LOAD_LINES, make_load_lines, photo_prompts, run_load_lines, training_charts
+from demo_report import main as report_main
 from demo_scores import box_ious, epoch_checkpoints, read_scenes, score_prompts, shown_prompts
 from fixtures_data import make_sa1b_tree
 from PIL import Image
@@ -20,8 +22,8 @@ from sam3.config import StudentConfig
 from sam3_train.errors import UserError
 
 
-def build(config: Sam3Config):
-    torch.manual_seed(0)
+def build(config: Sam3Config, seed: int = 0):
+    torch.manual_seed(seed)
     return build_sam3_image_model(
         load_from_HF=False, device="cpu", enable_inst_interactivity=True, enable_detector=False, config=config
     )
@@ -193,3 +195,37 @@ def test_scores_are_those_of_the_shared_evaluation(teacher, student, tmp_path):
     assert [score.prompt for score in scores] == ["box", "one click", "three clicks"]
     assert num_objects == 4
     assert scores[0].student == pytest.approx(evaluate_promptable(student, scenes)["box"])
+
+
+def test_the_fine_tuned_student_is_measured_as_the_other_two_were(teacher, student, tmp_path):
+    """The same scenes, objects and prompts; each number is that of the model it stands for."""
+    scenes = read_scenes(make_sa1b_tree(tmp_path), "val", limit=2)
+    after = build(Sam3Config.preset("tiny").replace(student=StudentConfig("demo_cnn")), seed=1)
+    scores, _ = score_prompts(teacher, student, scenes)
+    run = tmp_path / "run"
+    run.mkdir()
+    records = [{"kind": "train", "step": step, "mse": 0.3, "sam_mask_bce": 0.1, "loss": 0.5} for step in (1, 2)]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    models = {"teacher": teacher, "before": student, "after": after}
+    found = compare_finetuned(models, scenes, scores, [], {"num_scenes": 1}, run)
+    expected = evaluate_promptable(after, scenes)
+    assert [row.words for row in found.scores] == ["box mIoU", "one click mIoU", "three clicks mIoU"]
+    assert [row.after for row in found.scores] == [expected[kind] for kind in ("box", "one_click", "three_clicks")]
+    assert [row.before for row in found.scores] == [score.student for score in scores]
+    (shown,) = found.scenes
+    scene, prompt, _, truth = shown_prompts(scenes[:1])[0]
+    ious = [iou(segment(m.inst_interactive_predictor, scene.image, prompt), truth) for m in models.values()]
+    assert [shown.teacher_iou, shown.before_iou, shown.after_iou] == ious
+    assert "features" in found.chart and "mask cross entropy, SAM heads" in found.chart
+
+
+def test_the_loss_of_the_fine_tune_needs_its_log(tmp_path):
+    with pytest.raises(UserError, match=r"has no metrics\.jsonl with training records"):
+        loss_chart(tmp_path)
+
+
+def test_a_fine_tuned_file_without_its_run_is_one_clear_line(tmp_path, capsys):
+    words = [word for name in ("world", "teacher", "student", "run") for word in (f"--{name}", str(tmp_path))]
+    finetuned = ["--finetuned", str(tmp_path), "--output", str(tmp_path / "page.html")]
+    assert report_main([*words, *finetuned]) == 2
+    assert "--finetuned and --finetune-run go together" in capsys.readouterr().err
