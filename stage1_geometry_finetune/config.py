@@ -33,6 +33,7 @@ def get_defaults() -> CfgNode:
     train.CHANNELS_LAST = True  # memory format of the student's kernels and images
     cfg.DATA = data_defaults()
     cfg.DATA.BATCH_SIZE = 4
+    cfg.DATA.VAL_NUM_SAMPLES = 256  # each image costs up to 2 x MAX_OBJECTS answers, of the student and of the teacher
     cfg.MODEL = _model_defaults()
     cfg.DISTILL = _distill_defaults()
     cfg.PROMPTS = _prompt_defaults()

@@ -119,6 +119,25 @@ def test_both_routes_and_trained_parts_with_the_teacher_in_the_loop(finetune_wor
     assert not any("trunk" in prefix or "language" in prefix for prefix in prefixes)
 
 
+def test_the_teacher_is_asked_once_where_prompts_are_fixed(finetune_world, tmp_path):
+    """D-96: in the second epoch every answer is known, and with no step in between the loss would be the same."""
+    cfg = finetune_world.finetune(
+        "cache",
+        DATA__NUM_SAMPLES=2,
+        PROMPTS__FIXED=True,
+        DISTILL__TEACHER_CACHE_MB=8,
+        TRAIN__EPOCHS=2,
+        TRAIN__BASE_LR=0.0,
+        TRAIN__WARMUP_LR=0.0,
+        TRAIN__MIN_LR=0.0,
+        VAL__ENABLE=False,
+    )
+    assert finetune(cfg, tmp_path) == 0
+    first, second = read_metrics(tmp_path, "train")
+    assert (first["cache_hits"], second["cache_hits"]) == (0.0, 1.0)
+    assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
 def test_the_teacher_s_trunk_is_never_there_with_stored_embeddings(finetune_world, tmp_path, monkeypatch):
     """D-90: looked for among all living objects when the first step begins; what the preflight hashed is gone."""
     found = []
