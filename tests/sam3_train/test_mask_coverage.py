@@ -37,6 +37,15 @@ def test_the_area_is_kept_and_stays_inside_the_image(hw: tuple[int, int], prepro
     assert not grid[outside[0] :].any() and not grid[:, outside[1] :].any()
 
 
+@pytest.mark.parametrize(("side_px", "top", "height"), [(102, 0, 85), (240, 6, 194), (464, 41, 191), (268, 60, 141)])
+def test_a_border_next_to_the_end_of_a_mask_is_no_error(side_px: int, top: int, height: int) -> None:
+    """Rounding puts these borders within 1e-13 of the mask's end, which stopped a training run in its data loader."""
+    preprocess, mask = Preprocess(252), np.zeros((side_px, side_px), bool)
+    mask[top : top + height] = True
+    grid = coverage(mask, preprocess, 72)
+    assert grid.sum() == pytest.approx(height / side_px * 72**2, rel=1e-4)
+
+
 def test_a_pixel_in_the_corner_stays_there() -> None:
     mask = np.zeros((480, 848), bool)
     assert bounding_box(mask) is None

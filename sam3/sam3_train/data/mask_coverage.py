@@ -74,7 +74,9 @@ def _between(values: np.ndarray, borders: np.ndarray) -> np.ndarray:
 
     cuts = np.union1d(np.arange(len(values) + 1), borders)
     middles, lengths = (cuts[1:] + cuts[:-1]) / 2, np.diff(cuts).astype(np.float32)
-    cells, rows = np.searchsorted(borders, middles) - 1, middles.astype(np.intp)
+    cells = np.searchsorted(borders, middles) - 1
+    # A border that rounding put a hair before the last pixel's end leaves a piece whose middle rounds to that end.
+    rows = np.minimum(middles.astype(np.intp), len(values) - 1)
     inside = (cells >= 0) & (cells < len(borders) - 1)
     overlap = csr_matrix((lengths[inside], (cells[inside], rows[inside])), shape=(len(borders) - 1, len(values)))
     return overlap @ values.astype(np.float32)
