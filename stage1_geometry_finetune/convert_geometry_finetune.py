@@ -2,7 +2,7 @@
 
     python stage1_geometry_finetune/convert_geometry_finetune.py \\
         --finetune-ckpt output/stage1_geometry/es_rv_m/best.pth \\
-        --pretrained output/efficient_sam3_repvit_m.pt --output output/efficient_sam3_repvit_m_geometry.pt
+        --pretrained output/merged/es_rv_m.safetensors --output output/merged/es_rv_m_geometry.safetensors
 
 Exactly the student's weights are replaced (and those of the neck or the mask decoder, if the run trained them), in the
 precision and form (folded or not) that the merged file has. The new file is written aside, compared tensor by tensor,
