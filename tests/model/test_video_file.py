@@ -203,3 +203,17 @@ def test_the_header_is_read_alone(tmp_path: Path) -> None:
     path.write_bytes(b"no video")
     with pytest.raises(VideoInputError, match="not a video that can be read"):
         read_header(path)
+
+
+def test_damage_further_on_never_shows_as_an_error_of_the_decoder(tmp_path: Path) -> None:
+    """decord decodes ahead: sometimes the damage already shows at the first frame, which is good."""
+    data = bytearray(write_video(tmp_path / "a.mp4", 60).read_bytes())
+    start, end = data.index(b"mdat") + 4, data.index(b"moov") - 4
+    third = start + (end - start) // 3
+    data[third:end] = bytes(end - third)
+    (tmp_path / "a.mp4").write_bytes(data)
+    for _ in range(20):
+        with VideoFileFrames(tmp_path / "a.mp4") as video:
+            assert frame_number(video.frame(0)) == 0
+            with pytest.raises(VideoDecodeError, match=r"a\.mp4"):
+                video.frame(59)

@@ -9,6 +9,7 @@ over is left to PyAV. Both give the same pixels.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import importlib.util
 import itertools
 from collections import OrderedDict
@@ -231,10 +232,11 @@ class _DecordDecoder:
 
     def frame(self, index: int) -> np.ndarray:
         """See `_Decoder`."""
-        try:
+        with contextlib.suppress(Exception):  # decord has classes of its own, RuntimeError and IndexError
             return self._reader[index].asnumpy()
-        except Exception as error:  # decord has classes of its own, RuntimeError and IndexError
-            raise _DecordError from error
+        # Not raised from decord's exception: that holds the reader, and aborts the process if it is what frees it, in
+        # another thread.
+        raise _DecordError
 
     def close(self) -> None:
         """See `_Decoder`."""
@@ -250,13 +252,13 @@ def _open_decord(path: str | Path, index: VideoIndex) -> _Decoder | None:
     try:
         decord.logging.set_level(decord.logging.QUIET)
         reader = decord.VideoReader(str(path))
+        # It decodes ahead, so that damage further on shows here already. Turned videos get four channels.
+        is_same = len(reader) == index.num_frames and reader[0].shape == (*index.size_hw, 3)
+        reader.seek(0)
     except ImportError:
         raise VideoInputError(
             'decoder "decord" is not installed (it has no wheel for every machine): use "av"'
         ) from None
     except Exception:  # decord has classes of its own and RuntimeError; PyAV opened the file, and says what is wrong
         return None
-    if len(reader) != index.num_frames or reader[0].shape != (*index.size_hw, 3):  # turned videos get four channels
-        return None
-    reader.seek(0)
-    return _DecordDecoder(reader, index)
+    return _DecordDecoder(reader, index) if is_same else None
