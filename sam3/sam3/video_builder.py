@@ -31,6 +31,7 @@ def build_sam3_video_model(
     video_config: VideoConfig | None = None,
     preprocess: Preprocess | None = None,
     memory_dtype: torch.dtype = torch.bfloat16,
+    memory: str | None = None,
 ) -> Sam3VideoInference:
     """Build detector and tracker, load their weights, and join them for text-prompted videos.
 
@@ -52,6 +53,7 @@ def build_sam3_video_model(
         video_config: Constants of the rules; default: the released ones, by ``apply_temporal_disambiguation``.
         preprocess: As for `sam3.load_model`.
         memory_dtype: Spatial memories are stored in it; bfloat16 as released.
+        memory: As for `sam3.load_model`.
 
     Raises:
         CheckpointError: If the file cannot be read, downloaded, or does not fit.
@@ -65,7 +67,7 @@ def build_sam3_video_model(
     if checkpoint_path is None and load_from_HF:
         checkpoint_path = download_ckpt_from_hf()
     if checkpoint_path is not None:
-        model = load_model(checkpoint_path, device, preprocess=preprocess)
+        model = load_model(checkpoint_path, device, preprocess=preprocess, memory=memory)
         if compile:
             model.backbone.vision_backbone.trunk.compile()
     else:

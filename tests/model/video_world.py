@@ -74,9 +74,10 @@ class ScriptedVideo(Sam3VideoInference):
         config: VideoConfig = FAST,
         tracks: Callable[[int, int], tuple[int, int]] | None = None,
         track_logit: float = 3.0,
+        model: Sam3Image | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(small_model(), config, **options)
+        super().__init__(model or small_model(), config, **options)
         self.script = script
         self.tracks = tracks
         self.track_logit = track_logit
