@@ -33,18 +33,21 @@ def weights(folder, name="ckpt_epoch_0.pth") -> dict[str, torch.Tensor]:
     return load_checkpoint(folder / name)["model"]
 
 
-def reference_run(accumulation: int, steps: int, batch: int = 4, num_images: int = 44) -> dict[str, torch.Tensor]:
+def reference_run(accumulation: int, steps: int, num_images: int = 44, epochs: int = 1) -> dict[str, torch.Tensor]:
     """The same training written out by hand: no loop of ours, the sampler's order only."""
     seed_everything(0)
-    task, cfg = plain_task(), toy_config(ONE_EPOCH).TRAIN
-    data = ToyData(num_images)
-    order = list(ResumableDistributedSampler(num_images))
-    batches = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
-    groups = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+    task, cfg, batch = plain_task(), toy_config().TRAIN, 4
+    data, sampler = ToyData(num_images), ResumableDistributedSampler(num_images)
+    groups: list[list[list[int]]] = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        batches = [order[i : i + batch] for i in range(0, len(order) - batch + 1, batch)]
+        groups += [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
     decayed = [p for n, p in task.student.named_parameters() if p.ndim > 1]
     others = [p for n, p in task.student.named_parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}])
-    warmup = min(len(groups), len(groups) // 2)
+    warmup = min(len(groups) // epochs, len(groups) // 2)
     for step, group in enumerate(groups[:steps]):
         progress = (step - warmup) / (len(groups) - warmup)
         rate = 1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * progress))
@@ -67,6 +70,16 @@ def test_an_epoch_equals_the_same_training_written_out_by_hand(tmp_path, accumul
     expected = reference_run(accumulation, steps=99)
     for name, tensor in weights(tmp_path).items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+
+
+def test_no_gradient_leaks_into_the_next_epoch(tmp_path):
+    """D-91: an epoch's 11 batches are steps of 4, 4 and 3, and the next epoch begins with a step of its own 4."""
+    opts = ["TRAIN.EPOCHS", "2", "TRAIN.ACCUMULATION_STEPS", "4"]
+    train_toy(tmp_path, opts, task=plain_task, num_images=44)
+    expected = reference_run(4, steps=99, epochs=2)
+    for name, tensor in weights(tmp_path, "ckpt_epoch_1.pth").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7)
+    assert newest(tmp_path)["counters"]["updates"] == 6
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_does_not_advance_the_schedule(tmp_path):

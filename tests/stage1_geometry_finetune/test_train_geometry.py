@@ -12,13 +12,15 @@ import torch
 from finetune_world import FinetuneWorld, finetune, make_student, write_merged_file
 from stage1_world import TINY
 
-from sam3.checkpoint_keys import student_to_published
+from sam3.checkpoint_io import read_state_dict
+from sam3.checkpoint_keys import STUDENT_PREFIX, student_to_published
 from sam3.config import Sam3Config, StudentConfig
 from sam3.model.vitdet import ViT
 from sam3_train.checkpoint import load_checkpoint, state_dict_sha256
 from sam3_train.log import read_metrics
 from sam3_train.student_checkpoint import build_trained_student, read_student
 from sam3_train.trainer import Trainer
+from stage1_geometry_finetune.convert_geometry_finetune import main as convert
 
 STEP_1 = "ckpt_step_00000001.pth"
 
@@ -74,6 +76,17 @@ def test_a_checkpoint_holds_the_trained_weights_and_where_they_began(finished, f
     assert statistics and set(moved) == start.keys() - set(statistics), "BatchNorm keeps what stage 1 has learnt"
 
 
+def test_what_a_run_leaves_goes_into_the_merged_file(finished, finetune_world, tmp_path, capfd):
+    """From the run's own checkpoint, without a flag: the origin and the teacher are recognised."""
+    merged = write_merged_file(tmp_path / "merged.safetensors", make_student())
+    assert convert(["--finetune-ckpt", str(finished / "best.pth"), "--pretrained", str(merged)]) == 0
+    printed = capfd.readouterr().out
+    assert "the fine-tuning began with the student of the pretrained file" in printed
+    weights = read_state_dict(tmp_path / "merged_geometry.safetensors")[0]
+    trained = load_checkpoint(finished / "best.pth")["model"]
+    assert all(torch.equal(weights[STUDENT_PREFIX + key], value) for key, value in trained.items())
+
+
 def test_an_interrupted_run_ends_bit_for_bit_where_an_uninterrupted_one_ends(finetune_world, finished, tmp_path):
     """D-87, D-91: stopped inside an epoch, continued with the same command: prompts are drawn alike."""
     cfg = finetune_world.finetune("finished", TRAIN__EPOCHS=2)
@@ -117,6 +130,12 @@ def test_both_routes_and_trained_parts_with_the_teacher_in_the_loop(finetune_wor
     assert any(prefix.startswith("detector.backbone.vision_backbone.convs") for prefix in prefixes)
     assert any(prefix.startswith("tracker.sam_mask_decoder") for prefix in prefixes)
     assert not any("trunk" in prefix or "language" in prefix for prefix in prefixes)
+    merged = write_merged_file(tmp_path / "merged.pt", make_student())
+    words = ["--finetune-ckpt", str(tmp_path / STEP_1), "--pretrained", str(merged)]
+    assert convert(words) == 0, "and all of it goes into the merged file"
+    weights = read_state_dict(tmp_path / "merged_geometry.pt")[0]
+    for key, value in checkpoint.other_weights.items():
+        assert torch.equal(weights[key], value.to(weights[key].dtype)), key  # the teacher's file is in float16
 
 
 def test_the_teacher_is_asked_once_where_prompts_are_fixed(finetune_world, tmp_path):
