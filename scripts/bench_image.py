@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from bench_model import PeakMemory
 from hf_models import build_hf_image_model
+from run_apart import run_apart
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -184,24 +185,11 @@ def measure(side: str, preset: str, device: torch.device, num_prompts: int, outp
     }
 
 
-def measure_apart(side: str, preset: str, device: torch.device, num_prompts: int, output: Path) -> dict[str, Any]:
-    """`measure` in a process of its own.
-
-    Raises:
-        RuntimeError: If it fails; with the end of what it said.
-    """
-    command = [sys.executable, __file__, side, preset, str(device), str(num_prompts), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def compare(preset: str, device: torch.device, num_prompts: int) -> list[Row]:
     """Rows of both sides."""
     with tempfile.TemporaryDirectory() as folder:
-        files = {side: Path(folder) / f"{side}.pt" for side in SIDES}
-        results = {side: measure_apart(side, preset, device, num_prompts, files[side]) for side in ("HF", "ours")}
+        files = {side: Path(folder) / f"{side}.pt" for side in ("HF", "ours")}
+        results = {side: run_apart(__file__, side, preset, device, num_prompts, path) for side, path in files.items()}
         found = {side: torch.load(path, weights_only=True) for side, path in files.items()}
     label = f"{preset} {Sam3Config.preset(preset).image_size_px} px float32"
     rows: list[Row] = []

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from bench_model import PeakMemory
+from run_apart import run_apart
 from torch import Tensor, nn
 
 from sam3.config import Sam3Config
@@ -131,15 +131,6 @@ def _child(way: str, path: Path) -> None:
     print(json.dumps(figures | {"peak_bytes": memory.bytes}))
 
 
-def _measure(way: str, path: Path, preset: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--child", way, str(path)]
-    environment = {**os.environ, "BENCH_LOAD_PRESET": preset}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{way} ended with {done.returncode}: {done.stderr[-500:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def _rows(way: str, figures: dict[str, Any], file_bytes: int) -> list[Row]:
     label = WAYS[way].label
     rows: list[Row] = [{"name": f"{label}: time", "value": figures["seconds"], "unit": "s"}]
@@ -175,7 +166,8 @@ def bench(quick: bool, device: torch.device) -> list[Row]:
         file_bytes = path.stat().st_size
         rows: list[Row] = [{"name": f"random file, preset {config.name}", "value": file_bytes / 1e6, "unit": "MB"}]
         for way in WAYS:
-            rows += _rows(way, _measure(way, path, config.name), file_bytes)
+            preset = {"BENCH_LOAD_PRESET": config.name}
+            rows += _rows(way, run_apart(__file__, "--child", way, path, environment=preset), file_bytes)
     return rows
 
 

@@ -14,13 +14,12 @@ import dataclasses
 import gc
 import json
 import statistics
-import subprocess
-import sys
 import time
 from typing import Any
 
 import torch
 from bench_model import status_bytes
+from run_apart import run_apart
 
 from sam3.config import Sam3Config
 from sam3.model.sam3_tracker import TrackerFeatures
@@ -37,11 +36,18 @@ _PRESENCE_BIAS = 4.0
 """Added to the object score: with random weights, objects would be absent and their masks all the same."""
 
 
+def choose_config(name: str) -> Sam3Config:
+    """A preset, or ``quick``: ``tiny`` for a ninth of the image."""
+    if name != "quick":
+        return Sam3Config.preset(name)
+    return Sam3Config.preset("tiny").replace(name=name, image_size_px=84)
+
+
 class RepeatingFeatures(Sam3TrackerPredictor):
     """A predictor that sees the same few random frames again and again."""
 
     def __init__(self, preset: str, device: torch.device, **settings: Any) -> None:
-        config = Sam3Config.preset(preset)
+        config = choose_config(preset)
         trunk = dataclasses.replace(config.trunk, embed_dim=64, depth=1, num_heads=1, global_blocks=(0,))
         torch.manual_seed(0)
         model = assemble_image_model(
@@ -118,7 +124,7 @@ def run_stream(preset: str, device: torch.device, num_objects: int, num_frames: 
 
     old, young = (open_stream(predictor, num_objects, "no_late_edits", min(n, 500)) for n in (num_frames, settled))
     resident: dict[int, int] = {}
-    step = max(num_frames // 40, 1)
+    step = max(num_frames // 40, 5)
     for t in range(num_frames):
         push(old)
         if (t + 1) % step == 0:
@@ -144,21 +150,9 @@ def resident_bytes(device: torch.device) -> int:
     return status_bytes("VmRSS")
 
 
-def run_apart(*arguments: Any) -> dict[str, Any]:
-    """One of the two, in a process of its own.
-
-    Raises:
-        RuntimeError: If it fails; with the end of what it said.
-    """
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def stream_rows(preset: str, device: torch.device, num_objects: int, num_frames: int, settled: int) -> list[Row]:
     """Growth of memory and time after frame ``settled``."""
-    found = run_apart("stream", preset, device, num_objects, num_frames, settled)
+    found = run_apart(__file__, "stream", preset, device, num_objects, num_frames, settled)
     label = f"{preset}, {num_objects} object{'s' * (num_objects > 1)}, {num_frames:,} frames"
     resident = {int(t): value for t, value in found["resident"].items()}
     first = min(t for t in resident if t >= settled)
@@ -180,7 +174,7 @@ def _judged(name: str, percent: float, limit: float) -> Row:
 
 def equality_row(preset: str, device: torch.device, num_objects: int, num_frames: int) -> Row:
     """Whether dropping records changed anything."""
-    same = run_apart("equal", preset, device, num_objects, num_frames)["same"]
+    same = run_apart(__file__, "equal", preset, device, num_objects, num_frames)["same"]
     name = f"{preset}, {num_objects} objects, prompts on the way: frames equal to the bit to keeping everything"
     return {"name": name, "value": same, "unit": "frames", "target": f"{num_frames}", "met": same == num_frames}
 
@@ -188,9 +182,10 @@ def equality_row(preset: str, device: torch.device, num_objects: int, num_frames
 def bench(quick: bool, device: torch.device) -> list[Row]:
     """Rows for ``scripts/bench.py``; ``quick`` takes few frames."""
     num_frames, settled = (60, 30) if quick else (10_000, 1_000)
-    rows = [equality_row("tiny", device, num_objects, 40 if quick else 600) for num_objects in (1, 5)]
+    small = "quick" if quick else "tiny"
+    rows = [equality_row(small, device, num_objects, 40 if quick else 600) for num_objects in (1, 5)]
     for num_objects in (1, 5):
-        rows += stream_rows("tiny", device, num_objects, num_frames, settled)
+        rows += stream_rows(small, device, num_objects, num_frames, settled)
     return rows if quick else rows + stream_rows("sam3", device, 1, 30, 18)
 
 

@@ -12,8 +12,6 @@ import argparse
 import dataclasses
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -24,6 +22,7 @@ from typing import Any
 import torch
 from bench_model import PeakMemory
 from hf_models import build_hf_tracker_video_model
+from run_apart import run_apart
 from torch import Tensor
 
 from sam3.config import Sam3Config
@@ -48,7 +47,7 @@ def choose_config(name: str) -> Sam3Config:
     attention = MemoryAttentionConfig(num_layers=2, mlp_dim=128, dropout=0.0)
     heads = dataclasses.replace(tiny.sam_heads, head_hidden_dim=128)
     tracker = TrackerConfig(memory_attention=attention)
-    return tiny.replace(name="quick", image_size_px=168, hidden_dim=128, sam_heads=heads, tracker=tracker)
+    return tiny.replace(name="quick", image_size_px=84, hidden_dim=128, sam_heads=heads, tracker=tracker)
 
 
 def build_model(config: Sam3Config, device: torch.device) -> Sam3Image:
@@ -171,24 +170,11 @@ def measure(side: str, config_name: str, device: torch.device, num_frames: int, 
     return {"seconds": seconds, "parts": parts, "peak_bytes": memory.bytes}
 
 
-def measure_apart(side: str, config_name: str, device: torch.device, num_frames: int, output: Path) -> dict[str, Any]:
-    """`measure` in a process of its own.
-
-    Raises:
-        RuntimeError: If it fails; with the end of what it said.
-    """
-    command = [sys.executable, __file__, side, config_name, str(device), str(num_frames), str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{side}: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def compare(config_name: str, device: torch.device, num_frames: int) -> list[Row]:
     """Rows of both sides."""
     with tempfile.TemporaryDirectory() as folder:
-        files = {side: Path(folder) / f"{side}.pt" for side in SIDES}
-        found = {side: measure_apart(side, config_name, device, num_frames, files[side]) for side in ("HF", "ours")}
+        files = {side: Path(folder) / f"{side}.pt" for side in ("HF", "ours")}
+        found = {side: run_apart(__file__, side, config_name, device, num_frames, path) for side, path in files.items()}
         masks = {side: torch.load(path, weights_only=True) for side, path in files.items()}
     label = f"{config_name} {choose_config(config_name).image_size_px} px float32, 1 object"
     times = {side: (r["seconds"][0], statistics.mean(r["seconds"][1:]), r["seconds"][-1]) for side, r in found.items()}

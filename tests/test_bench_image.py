@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
-
 import bench_image
 import pytest
 import torch
@@ -16,7 +12,8 @@ CPU = torch.device("cpu")
 
 
 def test_image_model_beside_hf(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_image, "measure_apart", bench_image.measure)  # without four seconds of imports each
+    # Here, without four seconds of imports each.
+    monkeypatch.setattr(bench_image, "run_apart", lambda script, *arguments: bench_image.measure(*arguments))
     rows = {row["name"]: row for row in bench_image.compare("tiny", CPU, num_prompts=2)}
     label = "tiny 252 px float32: "
     difference = rows[label + "largest difference of masks, boxes and scores"]
@@ -28,21 +25,6 @@ def test_image_model_beside_hf(monkeypatch: pytest.MonkeyPatch) -> None:
     weights = rows[label + "weights, ours"]["value"]
     assert weights == pytest.approx(rows[label + "weights, HF"]["value"], rel=0.01)
     assert 1 < rows[label + "live tensors at the peak, ours"]["value"] < 50
-
-
-def test_a_side_runs_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    commands: list[list[str]] = []
-
-    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, len(commands) - 1, 'a warning\n{"encode_s": 2.5}\n', "no memory")
-
-    monkeypatch.setattr(bench_image.subprocess, "run", run)
-    arguments = ("ours", "tiny", CPU, 3, Path("found.pt"))
-    assert bench_image.measure_apart(*arguments) == {"encode_s": 2.5}
-    assert commands == [[sys.executable, bench_image.__file__, "ours", "tiny", "cpu", "3", "found.pt"]]
-    with pytest.raises(RuntimeError, match="ours: no memory"):
-        bench_image.measure_apart(*arguments)
 
 
 def test_imports_are_timed_in_fresh_processes() -> None:
