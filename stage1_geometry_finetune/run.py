@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from sam3.hub import download_ckpt_from_hf
 from sam3_train.config import apply_flags, load_config, set_key, write_run_record
 from sam3_train.distillation_config import preprocess_config, teacher_config
 from sam3_train.distributed import RunContext
-from sam3_train.errors import attempt, require_no_problems
+from sam3_train.errors import UserError, attempt, require_no_problems
 from sam3_train.feature_scale import error_scale
 from sam3_train.learner import Member
 from sam3_train.loop import fit_many
 from sam3_train.run_lock import RunLock
 from sam3_train.teacher import require_teacher_file, require_teacher_of_store
-from sam3_train.training_data import TrainingData, check_data, check_disk
+from sam3_train.training_data import LISTED_KEYS, TrainingData, check_data, check_disk
 from sam3_train.training_plan import TrainingPlan, build_plan, check_resume, run_identity
 from sam3_train.training_source import TrainingSource, build_source
 from stage1_geometry_finetune.config import get_defaults
@@ -30,7 +31,7 @@ from stage1_geometry_finetune.starting_student import StartingStudent, read_star
 from stage1_geometry_finetune.task import GeometryTask
 
 MISSING_FILE = "missing_embeddings.txt"
-"""Lists the images that a run leaves out because the store has no embedding of them."""
+"""Lists the images that the store has no embedding of: a run leaves them out, or does not start."""
 _FLAGS = {
     "teacher_embed_path": "DISTILL.TEACHER_EMBED_PATH",
     "sam3_checkpoint": "MODEL.SAM3_CHECKPOINT",
@@ -118,9 +119,11 @@ def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:
     check_settings(cfg, problems, run.is_main)
     attempt(problems, lambda: prompt_spec(cfg))
     start = _check_model(cfg, problems, run.is_main)
-    found: list[str] = []
-    data = check_data(cfg, run.world_size, found, cfg.MODEL.SAM3_CHECKPOINT if run.is_main else "")
+    found, missing = list[str](), dict[str, list[str]]()
+    data = check_data(cfg, run.world_size, found, cfg.MODEL.SAM3_CHECKPOINT if run.is_main else "", missing=missing)
     problems += found
+    if run.is_main and data is None and any(len(keys) > LISTED_KEYS for keys in missing.values()):
+        attempt(problems, lambda: problems.append(f"all of them are listed in {write_missing(output, missing)}"))
     if data is not None:
         for index in filter(None, (data.train, data.val)):
             problems += attempt(problems, lambda: annotation_problems(index, cfg.DATA.MAX_BAD_FRACTION)) or []  # noqa: B023
@@ -203,11 +206,26 @@ def _train_locked(prepared: PreparedRun, run: RunContext) -> None:
             "num_missing_embeddings": {split: len(keys) for split, keys in data.missing.items()},
         }
         write_run_record(prepared.output, cfg, facts)
-        missing = [f"{key}\t{split}\n" for split, keys in data.missing.items() for key in keys]
-        if missing:
-            (prepared.output / MISSING_FILE).write_text("".join(missing), encoding="utf-8")
+        if data.missing:
+            write_missing(prepared.output, data.missing)
 
     fit_many([member], source.train, source.val, run, prepare_batch=source.prepare_batch, on_ready=write_records)
+
+
+def write_missing(output: Path, missing: Mapping[str, Sequence[str]]) -> Path:
+    """List the images without an embedding, key and split on a line.
+
+    Raises:
+        UserError: If the file cannot be written.
+    """
+    path = output / MISSING_FILE
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lines = [f"{key}\t{split}\n" for split, keys in missing.items() for key in keys]
+        path.write_text("".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"OUTPUT: cannot write {path}: {error.strerror}") from None
+    return path
 
 
 def build_task(prepared: PreparedRun, source: TrainingSource, run: RunContext) -> GeometryTask:

@@ -41,7 +41,12 @@ class TrainingData:
 
 
 def check_data(
-    cfg: CfgNode, world_size: int, problems: list[str], heads_file: str = "", heads_remedy: str = ""
+    cfg: CfgNode,
+    world_size: int,
+    problems: list[str],
+    heads_file: str = "",
+    heads_remedy: str = "",
+    missing: dict[str, list[str]] | None = None,
 ) -> TrainingData | None:
     """Open images and embeddings and check that they belong together.
 
@@ -51,6 +56,7 @@ def check_data(
         problems: Receives what is wrong.
         heads_file: The teacher's file whose heads the run uses; compared with the store. Empty: not compared.
         heads_remedy: What else the user can do if it is of another teacher; ends the message.
+        missing: Receives the keys of the images without an embedding by split, also if they are too many.
 
     Returns:
         None if anything is wrong; the reasons are then among the problems.
@@ -59,7 +65,7 @@ def check_data(
     preprocess = attempt(problems, lambda: preprocess_config(cfg)) if teacher else None
     train = attempt(problems, lambda: image_index_from_config(cfg.DATA, "train"))
     val = attempt(problems, lambda: _val_index(cfg)) if cfg.VAL.ENABLE and train is not None else None
-    store, missing = None, dict[str, list[str]]()
+    store, missing = None, {} if missing is None else missing
     if teacher and not cfg.DISTILL.ONLINE_TEACHER:
         store = attempt(problems, lambda: EmbeddingStore(cfg.DISTILL.TEACHER_EMBED_PATH, shape=teacher.embedding_shape))
         if store is None:
@@ -124,11 +130,13 @@ def _covered(
         store: The embeddings.
         index: The images.
         limit: Share of the images that may lack one.
-        missing: Receives the keys of those that do, and are left out.
+        missing: Receives the keys of those that do.
         problems: Receives what is wrong.
     """
     coverage = store.check_coverage(index.keys)
     absent = coverage.missing
+    if absent:
+        missing[index.split] = absent
     if len(absent) > limit * coverage.num_wanted:
         hint = " (or VAL.ENABLE False)" if index.split == "val" else ""
         problems.append(
@@ -137,8 +145,6 @@ def _covered(
             f"is missing. DISTILL.MAX_MISSING_FRACTION {limit:g} allows {int(limit * coverage.num_wanted)}"
         )
         return None
-    if absent:
-        missing[index.split] = absent
     return index.without({*coverage.quarantined, *absent})
 
 

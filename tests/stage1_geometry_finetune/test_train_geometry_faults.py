@@ -167,6 +167,19 @@ def test_images_without_an_embedding_are_counted_and_named(finetune_world, more_
     assert "DISTILL.MAX_MISSING_FRACTION 0.2 allows 1" in stderr
 
 
+def test_many_images_without_an_embedding_are_all_listed(finetune_world, more_photos, tmp_path, capfd):
+    """D-86: the message names ten, the file all."""
+    for kind, suffix in (("images", "jpg"), ("annotations", "json")):
+        for number in range(60, 70):
+            shutil.copy(more_photos / f"{kind}/train/sa_0.{suffix}", more_photos / f"{kind}/train/sa_{number}.{suffix}")
+    cfg = finetune_world.finetune("many_missing", DATA__DATA_PATH=more_photos)
+    stderr = refusal(cfg, tmp_path / "run", capfd)
+    path = tmp_path / "run/missing_embeddings.txt"
+    assert "12 of 18 train images have no embedding" in stderr and f"listed in {path}" in stderr
+    assert "sa_67" in stderr and "sa_68" not in stderr
+    assert path.read_text().splitlines() == [f"sa_{number}\ttrain" for number in (50, 51, *range(60, 70))]
+
+
 def test_some_images_without_an_embedding_are_left_out_and_listed(finetune_world, more_photos, tmp_path, capfd):
     """D-86: up to the share that is allowed, with a count and a list."""
     cfg = finetune_world.finetune("left_out", DATA__DATA_PATH=more_photos, DISTILL__MAX_MISSING_FRACTION=0.25)
