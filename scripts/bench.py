@@ -4,7 +4,8 @@
     python scripts/bench.py stage1 --only store model  # some parts
     python scripts/bench.py image                      # the image model beside Hugging Face's: about half an hour
     python scripts/bench.py video                      # the tracker: about half an hour
-    python scripts/bench.py geometry                   # the fine-tune: about ten minutes
+    python scripts/bench.py geometry                   # the fine-tune: about five minutes
+    python scripts/bench.py stage2                     # the compressed memory: about ten minutes
     python scripts/bench.py stage1 --quick             # seconds; the numbers mean nothing, the paths are real
 
 Every part lives in a file of its own beside this one (``bench_data.py`` and so on) with one function
@@ -51,6 +52,9 @@ PARTS: dict[str, dict[str, tuple[str, str]]] = {
         "prompts": ("bench_prompts", "Drawing prompts"),
         "step": ("bench_geometry", "A step of the fine-tune"),
         "real": ("bench_geometry_real", "A step at its real size"),
+    },
+    "stage2": {
+        "memory": ("bench_memory", "Full and compressed memory at their real size"),
     },
 }
 

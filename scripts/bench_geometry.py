@@ -1,6 +1,6 @@
 """A step of the geometry fine-tune and its parts; a part of ``bench.py``.
 
-    python scripts/bench.py geometry                     # about ten minutes on two cores
+    python scripts/bench.py geometry                     # about five minutes on two cores
     python scripts/bench.py geometry --only step         # without the released size
 
 The parts are timed inside the task's own forward, by a stopwatch around its methods, so what is measured is what runs:

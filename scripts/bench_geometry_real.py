@@ -9,7 +9,6 @@ One image of 1008 px, one object, float32 on a CPU, the frozen parts recomputed 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from bench_geometry import GIB, Bench, part_rows
 from bench_model import PeakMemory, status_bytes
 from bench_prompts import SA1B_HW, make_annotated_photos
+from run_apart import run_apart
 
 from sam3.config import Sam3Config
 from stage1_geometry_finetune.data import PromptSpec
@@ -32,11 +32,7 @@ def bench(quick: bool, device: torch.device) -> list[Row]:
     """All rows of this part."""
     rows: list[Row] = []
     for route in ("detector", "SAM heads"):
-        command = [sys.executable, __file__, "tiny" if quick else "sam3", route, str(device)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the {route} step failed: {done.stderr[-2000:]}")
-        rows += json.loads(done.stdout.splitlines()[-1])
+        rows += run_apart(__file__, "tiny" if quick else "sam3", route, device)
     return rows
 
 

@@ -61,5 +61,5 @@ def test_a_real_step_reports_its_peak_memory():
 
 def test_a_failing_route_is_no_silent_zero(monkeypatch):
     monkeypatch.setattr(bench_geometry_real, "__file__", "/nowhere/bench_geometry_real.py")
-    with pytest.raises(RuntimeError, match="the detector step failed"):
+    with pytest.raises(RuntimeError, match="tiny detector cpu: exit code 2"):
         bench_geometry_real.bench(quick=True, device=CPU)
