@@ -80,7 +80,8 @@ def best_detections(answer: DetectorAnswer, options: MatchOptions, inside: Tenso
         options: How many, and from which score on.
         inside: False in padding, (K, M, M); None: no padding.
     """
-    scores, order = answer.scores.sort(dim=1, descending=True, stable=True)
+    logits, order = answer.logits.float().sort(dim=1, descending=True, stable=True)
+    scores = answer.scores.gather(1, order)
     kept = scores[:, : options.max_detections] >= options.min_score
     kept[:, 0] = True
     # As few slots as the prompt with the most detections needs.
@@ -89,7 +90,7 @@ def best_detections(answer: DetectorAnswer, options: MatchOptions, inside: Tenso
     rows = torch.arange(len(top), device=top.device)[:, None]
     masks = pack_masks(answer.mask_logits[rows, top], None if inside is None else inside[:, None])
     masks, boxes = masks * kept[..., None, None], answer.boxes[rows, top].float() * kept[..., None]
-    return TeacherDetections(masks, kept, boxes, answer.logits.gather(1, order).float(), answer.presence.float())
+    return TeacherDetections(masks, kept, boxes, logits, answer.presence.float())
 
 
 @torch.no_grad()

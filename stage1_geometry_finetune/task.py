@@ -182,7 +182,7 @@ class GeometryTask(StudentTask):
         inside = self._inside(batch, prompts)
         weights = object_weights(prompts.image_of_object)
         student_maps = route.maps(features, of_teacher=False)
-        teacher = _TeacherMaps(route, batch["teacher"])
+        teacher = TeacherMaps(route, batch["teacher"])
         rounds = 1 + self.options.refine_rounds
         total: dict[str, Tensor] = {}
         for number in range(rounds):
@@ -202,7 +202,7 @@ class GeometryTask(StudentTask):
 
     @torch.no_grad()
     def teacher_targets(
-        self, maps: _TeacherMaps, prompts: PromptBatch, inside_kmm: Tensor | None, use_cache: bool = True
+        self, maps: TeacherMaps, prompts: PromptBatch, inside_kmm: Tensor | None, use_cache: bool = True
     ) -> Any:
         """What the teacher says to the prompts, image by image.
 
@@ -307,7 +307,7 @@ class TrainedParts(nn.Module):
             self.register_parameter(name.replace(".", "/"), parameter)
 
 
-class _TeacherMaps:
+class TeacherMaps:
     """The neck's maps of the teacher's features, each image's made when it is first asked for."""
 
     def __init__(self, route: Route, features_bchw: Tensor) -> None:

@@ -12,7 +12,7 @@ from sam3_train.errors import UserError
 from sam3_train.optim import parameter_groups
 from stage1_geometry_finetune.losses import GeometryLossWeights
 from stage1_geometry_finetune.routes import DetectorRoute, SamRoute
-from stage1_geometry_finetune.task import GeometryTask, _TeacherMaps
+from stage1_geometry_finetune.task import GeometryTask, TeacherMaps
 
 
 def as_teacher(task: GeometryTask, monkeypatch) -> GeometryTask:
@@ -23,7 +23,7 @@ def as_teacher(task: GeometryTask, monkeypatch) -> GeometryTask:
 
 def teacher_masks(task: GeometryTask, batch: dict) -> list[torch.Tensor]:
     prompts = batch["prompts"]
-    return [task.teacher_targets(_TeacherMaps(r, batch["teacher"]), prompts, None).masks for _, r in task.routes]
+    return [task.teacher_targets(TeacherMaps(r, batch["teacher"]), prompts, None).masks for _, r in task.routes]
 
 
 @pytest.mark.parametrize(("detector", "sam"), [(True, False), (False, True), (True, True)])
@@ -141,10 +141,10 @@ def test_what_the_teacher_says_does_not_depend_on_the_batch_an_image_is_in():
     """A resumed run begins with an empty cache and must go on bit for bit."""
     task, batch = make_task(), make_batch()
     for _, route in task.routes:
-        both = task.teacher_targets(_TeacherMaps(route, batch["teacher"]), batch["prompts"], None)
+        both = task.teacher_targets(TeacherMaps(route, batch["teacher"]), batch["prompts"], None)
         own = batch["prompts"].select(batch["prompts"].image_of_object == 1)
         own = own._replace(image_of_object=own.image_of_object * 0)
-        alone = task.teacher_targets(_TeacherMaps(route, batch["teacher"][1:]), own, None)
+        alone = task.teacher_targets(TeacherMaps(route, batch["teacher"][1:]), own, None)
         slots = alone.kept.shape[1]
         assert torch.equal(both.masks[3:, :slots], alone.masks)
         assert torch.equal(both.presence[3:], alone.presence)
@@ -180,7 +180,7 @@ def test_letterboxed_images_are_judged_inside_alone():
     assert inside.shape == (5, side, side)
     assert inside[:, : 12 * 4].all() and not inside[:, 12 * 4 :].any()
     for _, route in task.routes:
-        targets = task.teacher_targets(_TeacherMaps(route, batch["teacher"]), batch["prompts"], inside)
+        targets = task.teacher_targets(TeacherMaps(route, batch["teacher"]), batch["prompts"], inside)
         assert not targets.masks[..., 12 * 4 :, :].any()
 
 
@@ -260,3 +260,18 @@ def test_a_few_steps_bring_the_answers_closer_to_the_teachers():
         losses.append(out["loss"].item())
     assert math.isfinite(losses[-1])
     assert losses[-1] < 0.95 * losses[0]
+
+
+def test_a_step_in_bf16_is_the_same_step():
+    """What runs on CUDA by default: the terms are computed in float32 from answers in bf16."""
+    batch, task = make_batch(), make_task().train()
+    task.student.eval()  # statistics of the batch would differ
+    with torch.no_grad():
+        exact = task(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = task(batch)
+    out["loss"].backward()
+    assert all(value.dtype == torch.float32 for value in out.values())
+    for name in ("loss", "mse", "detector_mask_bce", "detector_mask_dice", "sam_mask_bce", "sam_mask_dice"):
+        assert out[name].item() == pytest.approx(exact[name].item(), rel=0.1), name
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
