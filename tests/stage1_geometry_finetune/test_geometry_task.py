@@ -26,7 +26,7 @@ def teacher_masks(task: GeometryTask, batch: dict) -> list[torch.Tensor]:
     return [task.teacher_targets(TeacherMaps(r, batch["teacher"]), prompts, None).masks for _, r in task.routes]
 
 
-@pytest.mark.parametrize(("detector", "sam"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("detector", "sam"), [(True, False), (False, True)])
 def test_gradients_reach_every_student_parameter_and_no_frozen_one(detector, sam):
     """Through either route alone: without the embedding's term, every parameter still learns."""
     weights = GeometryLossWeights(embedding=0.0, detector=float(detector), sam=float(sam))
@@ -116,7 +116,7 @@ def test_the_cache_gives_the_same_loss_and_spares_the_teacher(refine_rounds, mon
         monkeypatch.setattr(kind, "targets", lambda *args, f=compute: passes.append(1) or f(*args))
     batch, losses = make_batch(), {}
     for cache_bytes in (0, 10**8):
-        task = make_task(cache_bytes=cache_bytes, refine_rounds=refine_rounds).eval()
+        task = make_task(detector=not refine_rounds, cache_bytes=cache_bytes, refine_rounds=refine_rounds).eval()
         results = []
         for _ in range(2):
             passes.clear()
@@ -124,7 +124,7 @@ def test_the_cache_gives_the_same_loss_and_spares_the_teacher(refine_rounds, mon
             with torch.no_grad():
                 results.append((task(batch), len(passes)))
         losses[cache_bytes] = results
-    images_times_routes = 4
+    images_times_routes = 2 * len(task.routes)
     for (out, count), (first, _) in zip(losses[0], losses[10**8], strict=True):
         assert torch.equal(out["loss"], first["loss"])
         assert count == images_times_routes * (1 + refine_rounds)
@@ -152,8 +152,8 @@ def test_what_the_teacher_says_does_not_depend_on_the_batch_an_image_is_in():
 
 
 def test_refinement_adds_rounds_and_is_reproducible():
-    task, batch = make_task(refine_rounds=2, refine_clicks=2).eval(), make_batch()
-    plain = make_task().eval()
+    task, batch = make_task(detector=False, refine_rounds=2, refine_clicks=2).eval(), make_batch()
+    plain = make_task(detector=False).eval()
     losses = []
     with torch.no_grad():
         for seed in (1, 1, 2):
