@@ -40,8 +40,12 @@ class EditRefusedError(PromptError):
 class KeepEverything:
     """Nothing is dropped, and everything can be edited; memory grows with the video."""
 
+    def require_startable(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
+        """A frame is about to be tracked, with prompts that wait taken in before: refuse if what it reads is gone for
+        good. Nothing is changed."""
+
     def before_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
-        """A frame is about to be tracked: see that all that it reads is there, or refuse."""
+        """A frame is about to be tracked, and is startable: bring back what it reads."""
 
     def after_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """A frame was tracked: drop what is no longer kept."""
@@ -91,11 +95,11 @@ class RecentEdits(KeepEverything):
         if self.num_frames < 0:
             raise ValueError(f"a memory policy cannot keep {self.num_frames} frames: give 0 or more")
 
-    def before_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
+    def require_startable(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """See `KeepEverything`."""
         for group in state.groups:
             stored = group.bank.cond.get(frame_idx)
-            if stored is not None and stored.pred_masks is not None:
+            if frame_idx in group.pending or (stored is not None and stored.pred_masks is not None):
                 continue
             if stored is not None or not self._can_start(group, frame_idx, reverse):
                 raise EditRefusedError(f"tracking cannot start on frame {frame_idx} again: {self._limits(group)}")

@@ -115,11 +115,11 @@ class SnapshotReplay(KeepEverything):
                 f"snapshots every {self.every} frames and at most {self.max_snapshots} of them: give at least 1 and 2"
             )
 
-    def before_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
+    def require_startable(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """See `KeepEverything`."""
         for group in state.groups:
             history = group.horizon
-            if history is None or frame_idx in group.bank.cond:
+            if history is None or frame_idx in group.bank.cond or frame_idx in group.pending:
                 continue
             if reverse != history.reverse:
                 way = "backward" if history.reverse else "forward"
@@ -127,10 +127,16 @@ class SnapshotReplay(KeepEverything):
                     f"frame {frame_idx}: the memory policy {self!r} tracks in the direction of the first pass alone, "
                     f"{way}; use RecentEdits or NoLateEdits with both_directions=True, or keep everything"
                 )
-            place = history.place(frame_idx)
-            self._require_in_force(history, frame_idx, may_go_on=place == history.head + 1)
-            if place <= history.head:
-                self._restore(state, group, history, place - 1)
+            self._require_in_force(history, frame_idx, may_go_on=history.place(frame_idx) == history.head + 1)
+
+    def before_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
+        """See `KeepEverything`."""
+        for group in state.groups:
+            history = group.horizon
+            if history is None or frame_idx in group.bank.cond:
+                continue
+            if history.place(frame_idx) <= history.head:
+                self._restore(state, group, history, history.place(frame_idx) - 1)
 
     def after_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """See `KeepEverything`."""
@@ -155,11 +161,14 @@ class SnapshotReplay(KeepEverything):
 
     def require_editable(self, state: TrackerState, frame_idx: int) -> None:
         """See `KeepEverything`; tracks old frames again if their records are gone."""
-        for group in state.groups:
-            history = group.horizon
-            if history is None or frame_idx in group.bank.cond:
-                continue
+        known = [
+            (group, group.horizon)
+            for group in state.groups
+            if group.horizon is not None and frame_idx not in group.bank.cond
+        ]
+        for _, history in known:
             self._require_in_force(history, frame_idx, may_go_on=False)
+        for group, history in known:
             if history.place(frame_idx) <= history.head:
                 self._restore(state, group, history, history.place(frame_idx))
 

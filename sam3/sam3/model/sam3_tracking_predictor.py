@@ -367,9 +367,11 @@ class Sam3TrackerPredictor(TrackerEngine):
     def _propagate(
         self, state: TrackerState, start: int | None, max_frames: int | None, reverse: bool, run_mem_encoder: bool
     ) -> Iterator[tuple[int, list[int], Tensor, Tensor, Tensor]]:
-        self.propagate_in_video_preflight(state, run_mem_encoder)
-        frame_idx = state.first_ann_frame_idx if start is None else start
+        frame_idx = state.first_prompted_frame if start is None else start
         assert frame_idx is not None
+        if state.policy is not None:
+            state.policy.require_startable(state, frame_idx, reverse)
+        self.propagate_in_video_preflight(state, run_mem_encoder)
         last = None if max_frames is None else frame_idx + (-max_frames if reverse else max_frames)
         while state.has_frame(frame_idx) and state.is_trackable:
             tracked = self.track_frame(state, frame_idx, reverse, run_mem_encoder)

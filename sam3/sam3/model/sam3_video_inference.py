@@ -154,7 +154,9 @@ class Sam3VideoInference(Sam3VideoBase):
             boxes = self._parse_boxes(state, boxes_xywh, box_labels, rel_coordinates)
         if self.model.backbone.language_backbone is not None:
             warn_of_cut_texts(texts, self.model.backbone.language_backbone.tokenizer)
+        self._require_eval_mode()
         features = self.model.backbone.forward_text(texts, device=self.model.device)
+        self.encode(state, frame_idx, need_detector=True)
         kept = {key: features[key] for key in ("language_features", "language_mask")}
         state.clear()
         state.prompt = TextPrompt(text_str, kept, state.num_edits)

@@ -184,6 +184,8 @@ class TrackerEngine:
             VideoDecodeError: If the frame cannot be decoded.
         """
         state = require_state(inference_state)
+        if state.policy is not None:
+            state.policy.require_startable(state, frame_idx, reverse)
         if state.has_pending_prompts or not state.is_trackable:
             self.propagate_in_video_preflight(state, run_mem_encoder)
         state.touch(frame_idx)

@@ -27,8 +27,11 @@ _MIN_UNKNOWN_LENGTH = 16
 class MemoryPolicy(Protocol):
     """Decides which records a session keeps; see `sam3.model.memory_policy`."""
 
+    def require_startable(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
+        """A frame is about to be tracked: refuse if what it reads is gone."""
+
     def before_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
-        """A frame is about to be tracked: see that all that it reads is there, or refuse."""
+        """A frame is about to be tracked: bring back what it reads."""
 
     def after_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """A frame was tracked: drop what is no longer kept."""
@@ -247,6 +250,11 @@ class TrackerState:
     def first_ann_frame_idx(self) -> int | None:
         """The earliest conditioning frame."""
         return min((t for group in self.groups for t in group.bank.cond), default=None)
+
+    @property
+    def first_prompted_frame(self) -> int | None:
+        """The earliest frame with a prompt, also one that waits."""
+        return min((t for group in self.groups for t in (*group.bank.cond, *group.pending)), default=None)
 
     def group_of(self, obj_id: int) -> ObjectGroup:
         """The group that an object is in.
