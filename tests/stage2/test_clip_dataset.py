@@ -130,7 +130,7 @@ def test_colours_change_the_same_way_on_all_frames(frames_root: Path) -> None:
 
 def test_a_look_keeps_what_it_should() -> None:
     rng = np.random.default_rng(0)
-    pixels = torch.randint(60, 190, (2, 3, 10, 12), dtype=torch.uint8)
+    pixels = torch.randint(60, 190, (2, 3, 64, 80), dtype=torch.uint8)
     assert torch.equal(draw_look(None, rng).recolour(pixels.clone()), pixels)
     assert torch.equal(draw_look(LookSpec(1.0, 0, 0, 0, 0, 0), rng).recolour(pixels.clone()), pixels)
     luma = torch.tensor([0.299, 0.587, 0.114])
