@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sam3_train.data.packed_strings import PackedStrings
 from sam3_train.data.process_pool import run_in_processes
-from sam3_train.distributed import broadcast_object, is_main, patient_barrier
+from sam3_train.distributed import broadcast_object, is_main, patient_barrier, rank
 from sam3_train.errors import UserError
 from stage2.data.layouts import VideoLayout
 from stage2.data.video_entry import BadVideoError, VideoEntry
@@ -109,6 +109,11 @@ def build_clip_index(layout: VideoLayout, cache_dir: str | Path | None = None, n
             outcome = ("", str(error))
     patient_barrier()
     folder, problem = broadcast_object(outcome)
+    if not problem and not (Path(folder) / _DESCRIPTION).is_file():
+        problem = (
+            f"{folder}: rank 0 keeps the index there, but rank {rank()} sees none; name a folder that all machines "
+        )
+        problem += "share (DATA.INDEX_CACHE)"
     if problem:
         raise UserError(problem)
     return ClipIndex(Path(folder))

@@ -111,14 +111,15 @@ def open_video_set(settings: VideoSettings, split: str, min_area: float = 0.0, n
     index = build_clip_index(layout, settings.cache_dir or None, num_workers)
     _check_bad(index, settings)
     positions = _positions_of_split(layout, index, split, settings.val_fraction)
+    in_split = len(positions)
     positions = positions[[_is_usable(index.entry(int(i)), min_area) for i in positions]]
     if split == "train" and settings.subset_fraction < 1.0 and len(positions):
         names = index.names.select(positions)
         positions = positions[subset_indices(names, settings.subset_fraction, settings.subset_seed)]
     if not len(positions):
         raise UserError(
-            f"{layout.root}: no {split} video can be used: of {len(index)} videos {len(index.bad())} are bad"
-            + "".join(f"; {reason}" for _, reason in index.bad()[:1])
+            f"{layout.root}: no {split} video can be used: of {len(index)} videos {len(index.bad())} are bad, and "
+            f"{in_split} good ones belong to {split}" + "".join(f"; {reason}" for _, reason in index.bad()[:1])
         )
     return VideoSet(layout, index, positions, split)
 

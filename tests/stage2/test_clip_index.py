@@ -139,7 +139,7 @@ def test_another_seed_chooses_another_subset(many: Path, tmp_path: Path) -> None
 def test_videos_whose_objects_are_all_too_small_are_left_out(many: Path, tmp_path: Path) -> None:
     settings = VideoSettings(str(many), cache_dir=str(tmp_path))
     assert len(open_video_set(settings, "train", min_area=0.04)) == len(open_set(many, tmp_path))
-    with pytest.raises(UserError, match="no train video can be used: of 12 videos 0 are bad"):
+    with pytest.raises(UserError, match="of 12 videos 0 are bad, and 11 good ones belong to"):
         open_video_set(settings, "train", min_area=0.2)
 
 
