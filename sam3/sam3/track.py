@@ -15,7 +15,8 @@ DAVIS's annotations do. For several objects, on several frames, there is a JSON 
 
 The output folder gets overlay.mp4, Annotations/NAME/00000.png ... (0 is background, k the object k), and tracks.json:
 for each frame its objects with id, score, bbox (x, y, width, height) and segmentation (COCO run lengths). A text's
-objects count from 0, and their masks have the value id + 1.
+objects count from 0, and their masks have the value id + 1. A folder with results of the same kind for a video of this
+name is refused; with --overwrite they are removed first, whatever --save says, and nothing else is.
 
 Memory stays the same however long the video is. If a frame cannot be decoded, what was tracked is kept and the exit
 code is 2. Ctrl-C keeps what is done.
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,16 +54,21 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=(__doc__ or "").removeprefix(summary).strip("\n"),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("video", metavar="VIDEO", type=Path, help="a video file, or a folder of pictures")
+    parser.add_argument("video", metavar="VIDEO", type=_path("VIDEO"), help="a video file, or a folder of pictures")
     parser.add_argument("--checkpoint", required=True, help="a file that sam3.load_model opens, or a model on the Hub")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder for the results")
+    parser.add_argument("--output", required=True, type=_path("--output"), metavar="DIR", help="folder for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results of an earlier run in that folder")
     parser.add_argument(
         "--point", action="append", default=[], metavar="X,Y[,LABEL]", help="click on the object; may be repeated"
     )
     parser.add_argument("--box", action="append", default=[], metavar="X0,Y0,X1,Y1", help="an object; may be repeated")
-    parser.add_argument("--mask", type=Path, metavar="FILE", help="a picture of the video's size with the objects")
+    parser.add_argument(
+        "--mask", type=_path("--mask"), metavar="FILE", help="a picture of the video's size with the objects"
+    )
     parser.add_argument("--frame", type=int, metavar="N", help="what --point, --box and --mask mark (default 0)")
-    parser.add_argument("--prompts", type=Path, metavar="FILE", help="objects and frames as JSON, see below")
+    parser.add_argument(
+        "--prompts", type=_path("--prompts"), metavar="FILE", help="objects and frames as JSON, see below"
+    )
     parser.add_argument("--text", metavar="TEXT", help="follow everything that it describes, from the first frame on")
     parser.add_argument(
         "--direction", choices=("both", "forward", "backward"), default="both", help="from the first marked frame"
@@ -73,6 +80,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights and the computation")
     return parser
+
+
+def _path(name: str) -> Callable[[str], Path]:
+    """The type of an option: a path that is not empty, which would be the current folder."""
+
+    def parse(text: str) -> Path:
+        if not text.strip():
+            raise CommandError(f"{name} {text!r}: the path is empty")
+        return Path(text)
+
+    return parse
 
 
 def track(argv: list[str] | None = None) -> int:
@@ -91,10 +109,18 @@ def track(argv: list[str] | None = None) -> int:
 
     from sam3.video.frame_source import open_frames
     from sam3.video.prompts import check_prompts
+    from sam3.video.writer import BackgroundWriter, results_in
 
     prompts = _collect_prompts(args, points, boxes, problems)
     with open_frames(args.video, decoder=args.decoder, prefetch=_PREFETCHED_FRAMES) as frames:
         problems += check_prompts(prompts, frames)
+        earlier = results_in(args.output, _mask_folder_name(args))
+        if earlier and not args.overwrite:
+            first, count = earlier[0].relative_to(args.output), len(earlier)
+            problems.append(
+                f"--output {args.output}: holds results of an earlier run ({first}{', ...' if count > 1 else ''}; "
+                f"files: {count}): choose another folder, or replace them with --overwrite"
+            )
         if not problems:
             make_folder(args.output, problems)
         if problems:
@@ -104,12 +130,13 @@ def track(argv: list[str] | None = None) -> int:
 
         from sam3.loading import load_model
         from sam3.video.tracking import track_video
-        from sam3.video.writer import BackgroundWriter
 
         model = load_model(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
         tracker = _build_tracker(model, frames, prompts, args)
-        writers = _open_writers(args, frames)
         try:
+            for path in earlier:
+                path.unlink()
+            writers = _open_writers(args, frames)
             run = track_video(tracker, tracker.frames, BackgroundWriter(writers))
         except OSError as error:
             raise CommandError(f"--output {args.output}: cannot be written ({error.strerror or error})") from error
@@ -200,6 +227,10 @@ def _build_tracker(
     )
 
 
+def _mask_folder_name(args: argparse.Namespace) -> str:
+    return args.video.resolve().stem
+
+
 def _open_writers(args: argparse.Namespace, frames: FrameSource) -> list[FrameWriter]:
     from sam3.video import writer as results
 
@@ -207,7 +238,7 @@ def _open_writers(args: argparse.Namespace, frames: FrameSource) -> list[FrameWr
     fps = frames.frames_per_second or args.fps
     writers: list[FrameWriter] = []
     if "masks" in args.save:
-        writers.append(results.MaskFolder(args.output / results.MASK_FOLDER / args.video.resolve().stem, first_id))
+        writers.append(results.MaskFolder(args.output / results.MASK_FOLDER / _mask_folder_name(args), first_id))
     if "tracks" in args.save:
         header = {
             "video": args.video.name,

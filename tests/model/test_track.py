@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import av
@@ -23,6 +24,7 @@ from sam3.released_names import to_released
 from sam3.track import main
 from sam3.video.frame_source import open_frames
 from sam3.video.tracking import passes
+from sam3.video.writer import BackgroundWriter
 
 HEIGHT, WIDTH = 48, 64
 NUM_FRAMES = 9
@@ -218,6 +220,57 @@ def test_ctrl_c_keeps_what_is_done(run, clip, tmp_path, monkeypatch, frame, expe
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_ctrl_c_while_writing_keeps_what_waits(run, tmp_path, monkeypatch) -> None:
+    """A text's results come 14 frames late; a Ctrl-C between two of them must not lose those."""
+    original = BackgroundWriter.add
+
+    def interrupted(self, frame):
+        if frame.frame_idx == 1:
+            signal.raise_signal(signal.SIGINT)
+        original(self, frame)
+
+    monkeypatch.setattr(BackgroundWriter, "add", interrupted)
+    code, _, err, tracks = run(write_video(tmp_path / "long.mp4", 20), "--text", "a cat", "--save", "tracks")
+    assert code == 130 and tracks["stopped_by"] == "interrupted" and "Traceback" not in err
+    assert [entry["frame"] for entry in tracks["frames"]] == list(range(16))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_ends_at_once(run, clip, tmp_path, monkeypatch) -> None:
+    def interrupted(self, frame):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(BackgroundWriter, "add", interrupted)
+    code, out, _, tracks = run(clip, "--point", "20,30")
+    assert code == 130 and "frames: 0, " in out and tracks["frames"] == []
+
+
+def test_results_of_an_earlier_run_do_not_mix_with_new_ones(run, clip, tmp_path, monkeypatch) -> None:
+    assert run(clip, "--point", "20,30")[0] == 0
+    notes, other = tmp_path / "out/Annotations/clip/notes.txt", tmp_path / "out/Annotations/other/00000.png"
+    other.parent.mkdir()
+    for path in (notes, other):
+        path.write_text("mine")
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert len(before) == NUM_FRAMES + 4
+    with monkeypatch.context() as patch:
+        patch.setattr("sam3.loading.load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+        code, _, err, _ = run(clip, "--point", "20,30", "--save", "tracks")
+    assert code == 2 and len(err.splitlines()) == 1
+    assert "holds results of an earlier run (overlay.mp4, ...; files: 11)" in err and "--overwrite" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    code, _, _, tracks = run(clip, "--point", "20,30", "--max-frames", "2", "--save", "tracks", "--overwrite")
+    assert code == 0 and len(tracks["frames"]) == 3
+    assert {path for path in (tmp_path / "out").rglob("*") if path.is_file()} == {
+        tmp_path / "out/tracks.json",
+        notes,
+        other,
+    }
+    elsewhere = write_video(tmp_path / "second.mp4", 2)
+    assert run(elsewhere, "--point", "20,30", "--save", "masks")[0] == 2, "tracks.json is of the other video"
+
+
 def test_a_bug_is_no_mistake_of_the_user_and_keeps_what_is_done(run, clip, tmp_path, monkeypatch) -> None:
     original = sam3.video.writer.draw_overlay
 
@@ -245,6 +298,9 @@ def test_a_full_disk_is_said_in_one_line(run, clip, monkeypatch) -> None:
     [
         (["CLIP"], ["no prompt: give --point, --box, --mask, --prompts or --text"]),
         (["nowhere.mp4", "--point", "1,1"], ["nowhere.mp4: no such file or folder"]),
+        (["", "--point", "1,1"], ["error: VIDEO '': the path is empty\n"]),
+        (["CLIP", "--point", "1,1", "--output", ""], ["error: --output '': the path is empty\n"]),
+        (["CLIP", "--mask", " "], ["error: --mask ' ': the path is empty\n"]),
         (["PROMPTS", "--point", "1,1"], ["prompts.json: holds no video"]),
         (["EMPTY", "--point", "1,1"], ["the folder holds no picture"]),
         (["CLIP", "--point", "1"], ["--point 1: expected 2 numbers with commas"]),

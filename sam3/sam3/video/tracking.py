@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,7 +40,11 @@ class Tracked(NamedTuple):
 
 
 class RecentFrames(FrameSource):
-    """A source around another that remembers the last frames read, for whoever draws on them later."""
+    """A source around another that remembers the last frames read, for whoever draws on them later.
+
+    Attributes:
+        is_stopped: New frames are refused with `KeyboardInterrupt`; those to draw on are not.
+    """
 
     def __init__(self, source: FrameSource, num_frames: int) -> None:
         super().__init__(
@@ -50,6 +57,7 @@ class RecentFrames(FrameSource):
         self._source = source
         self._num_frames = num_frames
         self._recent: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.is_stopped = False
 
     def has_frame(self, index: int) -> bool:
         """See `FrameSource`."""
@@ -62,6 +70,12 @@ class RecentFrames(FrameSource):
         return self._source.time_s(index)
 
     def _read(self, index: int) -> np.ndarray:
+        if self.is_stopped and index not in self._recent:
+            raise KeyboardInterrupt
+        return self.to_draw_on(index)
+
+    def to_draw_on(self, index: int) -> np.ndarray:
+        """A frame that was tracked, uint8 RGB (H, W, 3)."""
         if index not in self._recent:
             self._recent[index] = self._source.frame(index)
         self._recent.move_to_end(index)
@@ -103,7 +117,7 @@ class PromptedTracker:
     def __init__(
         self,
         predictor: Sam3TrackerPredictor,
-        frames: FrameSource,
+        frames: RecentFrames,
         prompts: Sequence[ObjectPrompt],
         direction: str = "both",
         max_frames: int | None = None,
@@ -184,7 +198,7 @@ class TextTracker:
     """Finds and follows everything that a text describes, from the first frame on."""
 
     def __init__(
-        self, video_model: Sam3VideoInference, frames: FrameSource, text: str, max_frames: int | None = None
+        self, video_model: Sam3VideoInference, frames: RecentFrames, text: str, max_frames: int | None = None
     ) -> None:
         """Plan the run; nothing is computed yet.
 
@@ -223,9 +237,11 @@ class TrackRun:
 
 
 def track_video(
-    tracker: PromptedTracker | TextTracker, frames: FrameSource, writer: FrameWriter, *, show_progress: bool = True
+    tracker: PromptedTracker | TextTracker, frames: RecentFrames, writer: FrameWriter, *, show_progress: bool = True
 ) -> TrackRun:
     """Track a whole video, as far as its frames can be decoded; what was done is written, however the run ends.
+
+    At Ctrl-C the frame at hand is finished, and all that was tracked is written. A second one ends it at once.
 
     Args:
         tracker: What to follow.
@@ -236,9 +252,10 @@ def track_video(
     run, begin = TrackRun(), time.perf_counter()
     stopped_by: str | None = "error"
     try:
-        with tqdm(total=tracker.num_steps, unit=" frames", bar_format=_BAR, disable=not show_progress) as bar:
+        bar = tqdm(total=tracker.num_steps, unit=" frames", bar_format=_BAR, disable=not show_progress)
+        with _stopping(frames), bar:
             for tracked in tracker(bar.update):
-                pixels, time_s = frames.frame(tracked.frame_idx), frames.time_s(tracked.frame_idx)
+                pixels, time_s = frames.to_draw_on(tracked.frame_idx), frames.time_s(tracked.frame_idx)
                 writer.add(TrackedFrame(tracked.frame_idx, time_s, pixels, *tracked[1:]))
                 run.num_frames += 1
         stopped_by = None
@@ -250,6 +267,25 @@ def track_video(
         writer.close(stopped_by)
     run.seconds = time.perf_counter() - begin
     return run
+
+
+@contextmanager
+def _stopping(frames: RecentFrames) -> Iterator[None]:
+    """Let the first Ctrl-C stop the frames, so that it strikes where the tracker expects it and nowhere else."""
+
+    def stop(*_: Any) -> None:
+        frames.is_stopped = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    is_ours = threading.current_thread() is threading.main_thread()
+    if not is_ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _pack(tracked: Tracked) -> tuple[Tracked, list[Rle]]:

@@ -59,6 +59,20 @@ class FrameWriter(Protocol):
         """Finish the files; with the reason, if the run ended early."""
 
 
+def results_in(output: Path, video: str) -> list[Path]:
+    """What an earlier run left that a new one on the same video would mix with or replace.
+
+    Masks of other videos are none of it: `MASK_FOLDER` may hold many.
+
+    Args:
+        output: Folder of the results.
+        video: Name of the video's folder of masks.
+    """
+    masks = output / MASK_FOLDER / video
+    numbered = [path for path in masks.glob("*.png") if path.stem.isdecimal()]
+    return [path for path in (output / OVERLAY_FILE, output / TRACKS_FILE, *sorted(numbered)) if path.is_file()]
+
+
 def mask_values(obj_ids: Sequence[int], first_id: int) -> list[int]:
     """Pixel values of objects in index masks: their ids, or one more where ids count from 0."""
     return [obj_id + 1 - min(first_id, 1) for obj_id in obj_ids]
