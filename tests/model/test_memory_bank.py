@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -134,3 +137,44 @@ def test_selecting_objects_recomputes_what_they_shared() -> None:
     snapshot = bank.copy()
     del bank.non_cond[1]
     assert list(snapshot.non_cond) == [1]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_selection_finds_the_same_frames_in_any_bank(reverse: bool) -> None:
+    """Whole, with gaps, far away and with a stride, beside the rule as it is written."""
+    chance, found = random.Random(0), 0
+    for _ in range(300):
+        total, step = chance.choice((12, 40, 400)), chance.choice((1, 1, 3))
+        config = SELECTING.replace(memory_temporal_stride=step)
+        stored = [t for t in range(total) if chance.random() < chance.choice((0.02, 0.3, 1.0))]
+        bad = tuple(t for t in stored if chance.random() < chance.choice((0.0, 0.5, 1.0)))
+        frame = chance.randrange(total)
+        adjacent = frame + 1 if reverse else frame - 1
+        if not 0 <= adjacent < total:
+            continue
+        behind = [
+            t for t in stored if (t >= adjacent if reverse else 1 <= t <= adjacent) and (t - adjacent) % step == 0
+        ]
+        good = sorted(set(behind) - set(bad), reverse=not reverse)[: min(total, 16) - 1]
+        expected = [*good[::-1], *([] if adjacent in good else [adjacent])]
+        chance.shuffle(stored)  # the order in which frames were tracked says nothing
+        assert good_frames(bank_of([], stored, bad), frame, config, total, reverse) == expected
+        found += len(good)
+    assert found > 500
+
+
+def test_selection_looks_at_near_frames_alone() -> None:
+    class Counting(dict):
+        looks = 0
+
+        def __contains__(self, key: object) -> bool:
+            self.looks += 1
+            return super().__contains__(key)
+
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("all records are looked at")
+
+    bank = bank_of([0], [])
+    bank.non_cond = Counting({t: record(0.5 if t % 3 else 0.0) for t in range(1, 2000)})
+    assert len(good_frames(bank, 2000, SELECTING, 3000, reverse=False)) == 15
+    assert bank.non_cond.looks <= 24

@@ -7,7 +7,7 @@ record that they never return again can be dropped without changing any result.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
@@ -219,13 +219,10 @@ def good_frames(
     adjacent = frame_idx + 1 if reverse else frame_idx - 1
     if not 0 <= adjacent < num_frames:
         return []
-    if reverse:
-        scanned = [t for t in bank.non_cond if adjacent <= t < num_frames and (t - adjacent) % step == 0]
-    else:
-        scanned = [t for t in bank.non_cond if 1 <= t <= adjacent and (adjacent - t) % step == 0]
+    scanned = range(adjacent, num_frames, step) if reverse else range(adjacent, 0, -step)
     near_to_far: list[int] = []
     limit = max_object_pointers(config, num_frames) - 1
-    for t in sorted(scanned, reverse=not reverse):
+    for t in _stored_frames(bank.non_cond, scanned):
         if len(near_to_far) >= limit:
             break
         score = bank.non_cond[t].eff_iou_score
@@ -234,6 +231,13 @@ def good_frames(
     if adjacent not in near_to_far:
         near_to_far.insert(0, adjacent)
     return near_to_far[::-1]
+
+
+def _stored_frames(store: dict[int, FrameRecord], frames: range) -> Iterator[int]:
+    """Those of the frames that are stored, in order; to find the first few does not take a look at all records."""
+    near, far = frames[: len(store)], frames[len(store) :]
+    yield from (t for t in near if t in store)
+    yield from sorted((t for t in store if t in far), reverse=frames.step < 0)  # where a policy left gaps
 
 
 def _split_conditioning(
