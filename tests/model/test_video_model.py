@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -18,6 +19,7 @@ from video_world import (
     ScriptedVideo,
     assert_same_outputs,
     make_frames,
+    noise_features,
     run_all,
     small_model,
     strip,
@@ -161,6 +163,16 @@ def test_memory_holds_the_shown_masks() -> None:
     features = video.encode(state, 2, need_detector=False).tracker
     expected = encode_tracked_memory(video.tracker, features, strip(*LEFT)[None, None])
     torch.testing.assert_close(state.groups[0].bank.non_cond[2].maskmem_features, expected)
+
+
+def test_memory_has_the_size_of_its_encoder_under_any_rules() -> None:
+    """Hugging Face's rules change the size of mask prompts, not that of masks that were tracked."""
+    tracker, features = small_model().tracker, noise_features(0)
+    theirs = copy.copy(tracker)
+    theirs.settings = tracker.settings.replace(hugging_face_rules=True)
+    assert theirs.mask_prompt_size != tracker.mask_prompt_size
+    masks = torch.randn(2, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(*(encode_tracked_memory(each, features, masks) for each in (tracker, theirs)))
 
 
 # --- renewal ----------------------------------------------------------------------------------------------------------

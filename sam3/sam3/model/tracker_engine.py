@@ -255,7 +255,7 @@ class TrackerEngine:
         if record.is_from_points:
             logits = apply_non_overlapping_constraints(logits)
         if self.resize_before_squashing:
-            side = tracker.mask_prompt_size
+            side = tracker.memory_mask_size
             logits = F.interpolate(logits, (side, side), mode="bilinear", align_corners=False)
         scores = record.object_score_logits
         memory = tracker.encode_memory(features, logits, scores, record.is_from_points, dtype=self.memory_dtype)

@@ -276,7 +276,7 @@ def encode_tracked_memory(tracker: Sam3Tracker, features: TrackerFeatures, low_r
     Returns:
         (N, Cm, G, G).
     """
-    masks = suppress_object_pw_area_shrinkage(resize(low_res, tracker.mask_prompt_size))
+    masks = suppress_object_pw_area_shrinkage(resize(low_res, tracker.memory_mask_size))
     present = (masks > 0).flatten(1).any(dim=1, keepdim=True)
     scores = torch.where(present, _PRESENT_SCORE, -_PRESENT_SCORE)
     return tracker.encode_memory(features, masks, scores, is_mask_from_points=False)
