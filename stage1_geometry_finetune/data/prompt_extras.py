@@ -34,7 +34,7 @@ class PromptExtras:
 
     An image whose annotation is missing, malformed as a whole, made for another image size, or without any mask that
     is not empty cannot be used: it is left out of its batch and counts as a bad image. A malformed object alone is
-    passed over; `report` accounts for it. An image may have no object for another reason (all are smaller than
+    passed over; `report` names the first ones. An image may have no object for another reason (all are smaller than
     ``min_area``, or a crop shows none): it stays, with no prompt.
 
     Args:
@@ -50,7 +50,7 @@ class PromptExtras:
         self.mask_side = mask_side
         self.seed = seed
         self.damaged: set[str] = set()
-        """Malformed objects that `report` was told of."""
+        """The first malformed objects that `report` was told of; of a whole data set's it would grow without end."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, preprocess: Preprocess, seed: int, is_train: bool) -> PromptExtras:
@@ -88,14 +88,13 @@ class PromptExtras:
         }
 
     def report(self, batch: dict[str, Any]) -> None:
-        """Account for the malformed objects of a batch; called in the main process."""
+        """Name malformed objects of a batch, the first ten of a run; called in the main process."""
         for reason in batch.pop("damaged", ()):
-            if reason in self.damaged:
+            if len(self.damaged) == _REPORTED or reason in self.damaged:
                 continue
             self.damaged.add(reason)
-            if len(self.damaged) <= _REPORTED:
-                last = "; further ones are counted, not named" if len(self.damaged) == _REPORTED else ""
-                _log.warning("object left out: %s%s", reason, last)
+            last = "; further ones are left out without a word" if len(self.damaged) == _REPORTED else ""
+            _log.warning("object left out: %s%s", reason, last)
 
     def _choose(
         self, objects: list[Sa1bObject], photo: Photo, epoch: int, damaged: list[str]

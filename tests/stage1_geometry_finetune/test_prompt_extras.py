@@ -312,7 +312,7 @@ NO_RUNS = {"size": list(HW), "counts": [HW[0] * HW[1]]}
 @pytest.mark.parametrize(
     "changes", [{"segmentation": [[1.0]]}, {"bbox": None}, {"segmentation": NO_RUNS}], ids=["polygon", "box", "empty"]
 )
-def test_a_malformed_object_alone_is_passed_over_and_accounted_for_once(tmp_path, changes, caplog):
+def test_a_malformed_object_alone_is_passed_over_and_named_once(tmp_path, changes, caplog):
     index = make_photos(tmp_path, {"sa_1": broken(1, **changes)})
     found = extras(PromptSpec(32, min_area=0))
     item = found.load(photo_of(index))
@@ -322,6 +322,15 @@ def test_a_malformed_object_alone_is_passed_over_and_accounted_for_once(tmp_path
         found.report(batch)
         assert "damaged" not in batch
     assert len(found.damaged) == 1 and len(caplog.records) == 1 and "object 0" in caplog.text
+
+
+def test_ten_malformed_objects_are_named_and_no_more_are_remembered(caplog):
+    """A data set may have millions of them."""
+    found = extras()
+    for batch in range(5):
+        found.report({"damaged": [f"sa_{batch}.json: object {i}: the mask is empty" for i in range(7)]})
+    assert len(caplog.records) == len(found.damaged) == 10
+    assert caplog.records[-1].getMessage().endswith("further ones are left out without a word")
 
 
 @pytest.mark.parametrize(
