@@ -33,7 +33,13 @@ from sam3_train.merged_proof import (
     usage_lines,
     written_aside,
 )
-from sam3_train.student_checkpoint import StudentCheckpoint, build_trained_student, check_teacher, read_student
+from sam3_train.student_checkpoint import (
+    StudentCheckpoint,
+    build_trained_student,
+    check_teacher,
+    read_student,
+    require_same_student,
+)
 
 _TRAINED_PREFIXES = {
     "TRAIN_NECK": (NECK_PREFIX, SAM2_NECK_PREFIX),
@@ -109,11 +115,12 @@ def convert_files(request: ConvertRequest) -> ConvertResult:
         )
     _require_trained_parts(checkpoint)
     pretrained = recognise(read_checkpoint(request.pretrained_path))
-    inside = require_same_student(checkpoint, pretrained)
+    inside = _require_pair(checkpoint, pretrained)
     trained = build_trained_student(checkpoint)
     folded = fuse_for_inference(trained) if inside.fused else trained
     model = checkpoint.model.replace(student=folded.student)
     weights, report = _replace(checkpoint, folded, model, pretrained)
+    _require_own_rest(checkpoint, pretrained, report)
     trunk = _provenance(pretrained).get("teacher_trunk_sha256")
     remedy = "give --pretrained a file that was merged from the SAM 3 that the embeddings are of"
     notes = [
@@ -140,42 +147,22 @@ def _require_trained_parts(checkpoint: StudentCheckpoint) -> None:
             )
 
 
-def require_same_student(checkpoint: StudentCheckpoint, pretrained: Recognised) -> StudentConfig:
+def _require_pair(checkpoint: StudentCheckpoint, pretrained: Recognised) -> StudentConfig:
     """Check that a merged file holds the student that a checkpoint trained on, folded or not.
 
     Returns:
         The merged file's description of its student.
 
     Raises:
-        UserError: If it holds none, or another one, or expects other images.
+        UserError: If it holds none, or another one.
+        PreprocessMismatchError: If it expects other images.
     """
-    ours, theirs = checkpoint.model.student, pretrained.config.student
-    assert ours is not None, "read_student has checked it"
-    if theirs is None:
-        raise UserError(
-            f"--pretrained {pretrained.source} holds SAM 3's own trunk and no student: give the merged file of stage 1 "
-            "(stage1/convert_stage1_weights.py writes it)"
-        )
-    if (ours.backbone, ours.fuse_stride16) != (theirs.backbone, theirs.fuse_stride16):
-        raise UserError(
-            f"{checkpoint.path} trained the student {_describe(ours)}, but --pretrained {pretrained.source} holds "
-            f"{_describe(theirs)}: give the merged file of the same student"
-        )
-    if checkpoint.model.replace(student=None) != pretrained.config.replace(student=None):
-        raise UserError(
-            f"{checkpoint.path} belongs to another model than --pretrained {pretrained.source}: "
-            f"{checkpoint.model.name!r} at {checkpoint.model.image_size_px} px, and {pretrained.config.name!r} at "
-            f"{pretrained.config.image_size_px} px"
-        )
+    where = f"--pretrained {pretrained.source}"
+    remedy = "give the merged file of the same student (stage1/convert_stage1_weights.py writes it)"
+    inside, _ = require_same_student(pretrained.config, checkpoint.model, where, f"{checkpoint.path} trained", remedy)
     if pretrained.preprocess is not None:
-        checkpoint.preprocess.require_equal(
-            pretrained.preprocess, str(checkpoint.path), f"--pretrained {pretrained.source}"
-        )
-    return theirs
-
-
-def _describe(student: StudentConfig) -> str:
-    return student.backbone + (" with fused stride 16" if student.fuse_stride16 else "")
+        checkpoint.preprocess.require_equal(pretrained.preprocess, str(checkpoint.path), where)
+    return inside
 
 
 def _replace(
@@ -200,6 +187,24 @@ def _replace(
             f"{report.num_replaced} replaced; nothing was written"
         )
     return weights, report
+
+
+def _require_own_rest(checkpoint: StudentCheckpoint, pretrained: Recognised, report: ReplaceReport) -> None:
+    """What stays of the merged file must be SAM 3's own: a fine-tune runs in front of that, whatever it trains.
+
+    Raises:
+        UserError: If an earlier fine-tune trained a part that stays.
+    """
+    before = _provenance(pretrained)
+    tuned = before.get("trained_parts")
+    left = sorted({*map(str, tuned)} - report.parts.keys()) if isinstance(tuned, list) else []
+    if left:
+        origin = before.get("pretrained")
+        file = f", {origin.get('file')}" if isinstance(origin, dict) else ""
+        raise UserError(
+            f"--pretrained {pretrained.source}: an earlier fine-tune trained its {' and '.join(left)}, but the student "
+            f"of {checkpoint.path} was trained in front of SAM 3's own: give the file that it was made from{file}"
+        )
 
 
 def _require_representable(given: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
@@ -237,7 +242,9 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 def _origin_note(checkpoint: StudentCheckpoint, pretrained: Recognised) -> str:
     """Whether the fine-tuning began with the student of the pretrained file, as far as that can be told."""
     inside = {k.removeprefix(STUDENT_PREFIX): v for k, v in pretrained.weights.items() if k.startswith(STUDENT_PREFIX)}
-    if state_dict_sha256(inside) == checkpoint.initial_student_sha256:
+    # A fine-tune computes in float32 from whatever precision the file has, and records the hash of that.
+    started = {key: value.float() if value.is_floating_point() else value for key, value in inside.items()}
+    if state_dict_sha256(started) == checkpoint.initial_student_sha256:
         return "the fine-tuning began with the student of the pretrained file"
     return (
         "the pretrained file's student is not, bit for bit, the one that the fine-tuning began with (folded, rounded, "

@@ -18,14 +18,14 @@ from yacs.config import CfgNode
 from sam3.checkpoint_io import CheckpointFile, read_checkpoint
 from sam3.checkpoint_keys import BACKBONE_PREFIX, STUDENT_PREFIX, student_from_published, student_to_published
 from sam3.checkpoint_merge import shapes_of
-from sam3.config import Sam3Config, StudentConfig
+from sam3.config import Sam3Config
 from sam3.model.student_encoder import StudentEncoder, build_student
 from sam3.preprocess import Preprocess
 from sam3.recognition import Recognised, recognise
 from sam3_train.checkpoint import state_dict_sha256
 from sam3_train.distillation_config import RANDOM_INIT, model_config
 from sam3_train.errors import UserError
-from sam3_train.student_checkpoint import StudentCheckpoint, read_student
+from sam3_train.student_checkpoint import StudentCheckpoint, read_student, require_same_student
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def _random_student(cfg: CfgNode, model: Sam3Config) -> StartingStudent:
 
 def _of_checkpoint(checkpoint: StudentCheckpoint, model: Sam3Config, preprocess: Preprocess) -> StartingStudent:
     where = f"MODEL.PRETRAINED {checkpoint.path}"
-    require_same_student(checkpoint.model, model, where)
+    _require_student_of_settings(checkpoint.model, model, where)
     checkpoint.preprocess.require_equal(preprocess, where, "the training config (DATA.PREPROCESS)")
     if checkpoint.other_weights:
         raise UserError(
@@ -115,7 +115,7 @@ def _of_checkpoint(checkpoint: StudentCheckpoint, model: Sam3Config, preprocess:
 def _of_merged_file(file: CheckpointFile, model: Sam3Config, preprocess: Preprocess) -> StartingStudent:
     merged = recognise(file)
     where = f"MODEL.PRETRAINED {merged.source}"
-    require_same_student(merged.config, model, where)
+    _require_student_of_settings(merged.config, model, where)
     if merged.preprocess is not None:
         merged.preprocess.require_equal(preprocess, where, "the training config (DATA.PREPROCESS)")
     weights = {
@@ -130,42 +130,22 @@ def _of_merged_file(file: CheckpointFile, model: Sam3Config, preprocess: Preproc
     return StartingStudent(model, _float32(weights), origin, teacher, merged)
 
 
-def require_same_student(theirs: Sam3Config, ours: Sam3Config, where: str) -> None:
+def _require_student_of_settings(found: Sam3Config, model: Sam3Config, where: str) -> None:
     """Check that a file's student is the one of the settings, and can be trained.
-
-    Args:
-        theirs: What the file holds.
-        ours: What the settings ask for.
-        where: Names setting and file.
 
     Raises:
         UserError: If it is another one, there is none, or it is folded.
     """
-    found, wanted = theirs.student, ours.student
-    assert wanted is not None
-    if found is None:
-        raise UserError(
-            f"{where} holds SAM 3's own trunk and no student: name the merged file of stage 1 or its best.pth"
-        )
-    if (found.backbone, found.fuse_stride16) != (wanted.backbone, wanted.fuse_stride16):
-        raise UserError(
-            f"{where} holds the student {_describe(found)}, but the settings ask for {_describe(wanted)} "
-            "(MODEL.BACKBONE, MODEL.FUSE_STRIDE16)"
-        )
-    if found.fused:
+    remedy = (
+        "name this student's merged file of stage 1 or its best.pth, or change MODEL.PRESET, MODEL.BACKBONE and "
+        "MODEL.FUSE_STRIDE16"
+    )
+    theirs, _ = require_same_student(found, model, where, "the settings ask for", remedy)
+    if theirs.fused:
         raise UserError(
             f"{where}: its student is folded for deployment and cannot be trained: name the training checkpoint that "
             "it was merged from, or merge it again without --fuse"
         )
-    if theirs.replace(student=None) != ours.replace(student=None):
-        raise UserError(
-            f"{where} belongs to the model {theirs.name!r} ({theirs.image_size_px} px), but MODEL.PRESET is "
-            f"{ours.name!r} ({ours.image_size_px} px), or their sizes differ"
-        )
-
-
-def _describe(student: StudentConfig) -> str:
-    return student.backbone + (" with fused stride 16" if student.fuse_stride16 else "")
 
 
 def _require_weights(found: StartingStudent, source: str) -> None:

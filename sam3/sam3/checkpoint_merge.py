@@ -9,7 +9,6 @@ file a student trained further takes the place of the one that is there, key by 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -143,7 +142,7 @@ def replace_weights(
 
     Args:
         student: The student's state dict under its published names.
-        parts: Other trained weights under their released names, all of `REPLACEABLE_PARTS`; {} for none.
+        parts: Other trained weights under their released names, whole ones of `REPLACEABLE_PARTS`; {} for none.
         merged: State dict of the merged file; tensors on the meta device will do.
         student_shapes: Names and shapes that this student must have.
 
@@ -153,7 +152,7 @@ def replace_weights(
 
     Raises:
         MergeError: If the student's keys are not exactly the file's, shapes included, the file holds another trunk
-            beside its student, or lacks another trained key.
+            beside its student, or a trained part is not exactly the file's, shapes included.
     """
     inside = {k.removeprefix(STUDENT_PREFIX): v for k, v in merged.items() if k.startswith(STUDENT_PREFIX)}
     _require_same("the fine-tuned student", student, student_shapes)
@@ -173,14 +172,18 @@ def replace_weights(
 
 
 def _count_parts(parts: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> dict[str, int]:
-    """How many keys of each part are given; the merged file must have each with the same shape."""
+    """How many keys of each part are given; a part must be whole: exactly the merged file's keys, shapes included."""
     strange = sorted(key for key in parts if not key.startswith(tuple(REPLACEABLE_PARTS)))
     if strange:
         raise MergeError(f"{len(strange)} trained keys are of no part that can be replaced, such as {_some(strange)}")
-    own = {key: merged[key] for key in parts if key in merged}
-    _require_same("the merged file, where more than the student was trained,", own, shapes_of(parts))
-    names = [name for key in parts for prefix, name in REPLACEABLE_PARTS.items() if key.startswith(prefix)]
-    return dict(Counter(names))
+    counts = {}
+    for prefix, name in REPLACEABLE_PARTS.items():
+        given = {key: value for key, value in parts.items() if key.startswith(prefix)}
+        if given:
+            own = shapes_of({key: value for key, value in merged.items() if key.startswith(prefix)})
+            _require_same(f"the trained {name}, beside the merged file's,", given, own)
+            counts[name] = len(given)
+    return counts
 
 
 def shapes_of(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

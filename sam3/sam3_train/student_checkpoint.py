@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sam3.checkpoint_keys import DETECTOR_PREFIX, TRACKER_PREFIX, student_from_published, student_to_published
 from sam3.checkpoint_merge import shapes_of
-from sam3.config import Sam3Config
+from sam3.config import Sam3Config, StudentConfig
 from sam3.model.student_encoder import StudentEncoder, build_student
 from sam3.preprocess import Preprocess
 from sam3_train.checkpoint import load_checkpoint
@@ -131,6 +131,43 @@ def build_trained_student(checkpoint: StudentCheckpoint) -> StudentEncoder:
         )
     student.load_state_dict(student_from_published(checkpoint.weights, checkpoint.model.student.backbone))
     return student.requires_grad_(False)
+
+
+def require_same_student(
+    found: Sam3Config, wanted: Sam3Config, where: str, wanting: str, remedy: str
+) -> tuple[StudentConfig, StudentConfig]:
+    """Check that a file holds the student that is wanted, folded or not, in the same model.
+
+    Args:
+        found: What the file holds.
+        wanted: What it has to hold; a model with a student.
+        where: Names the file, for messages.
+        wanting: Who wants it and how, e.g. ``the settings ask for``.
+        remedy: What the user can do.
+
+    Returns:
+        The students of both, the file's first.
+
+    Raises:
+        UserError: If the file holds no student, another one, or one of another model.
+    """
+    theirs, ours = found.student, wanted.student
+    if ours is None:
+        raise ValueError(f"{where}: a model without a student can't be wanted")
+    if theirs is None:
+        raise UserError(f"{where} holds SAM 3's own trunk and no student: {remedy}")
+    if (theirs.backbone, theirs.fuse_stride16) != (ours.backbone, ours.fuse_stride16):
+        raise UserError(f"{where} holds the student {_describe(theirs)}, but {wanting} {_describe(ours)}: {remedy}")
+    if found.replace(student=None) != wanted.replace(student=None):
+        raise UserError(
+            f"{where} belongs to the model {found.name!r} at {found.image_size_px} px, but {wanting} {wanted.name!r} "
+            f"at {wanted.image_size_px} px, or their sizes differ: {remedy}"
+        )
+    return theirs, ours
+
+
+def _describe(student: StudentConfig) -> str:
+    return student.backbone + (" with fused stride 16" if student.fuse_stride16 else "")
 
 
 def check_teacher(checkpoint: StudentCheckpoint, trunk: str | None, path: Path, remedy: str, is_allowed: bool) -> str:

@@ -102,7 +102,7 @@ def trained_features(path: Path) -> Tensor:
 
 def neck_weights(pretrained: Path) -> dict[str, Tensor]:
     """A trained neck in which two keys differ from the file's."""
-    weights = {k: v.clone() for k, v in read_state_dict(pretrained)[0].items() if k.startswith(NECK_PREFIX + "0.")}
+    weights = {k: v.clone() for k, v in read_state_dict(pretrained)[0].items() if k.startswith(NECK_PREFIX)}
     for key in sorted(weights)[:CHANGED_NECK_KEYS]:
         weights[key] += 0.25
     return weights

@@ -33,7 +33,7 @@ from sam3.model_builder import assemble_image_model
 from sam3.preprocess import Preprocess
 from sam3.released_names import released_state_dict
 from sam3_train.checkpoint import load_checkpoint
-from sam3_train.merged_proof import MergedProof
+from sam3_train.merged_proof import MergedProof, as_stored
 from stage1_geometry_finetune.convert_geometry_finetune import main
 from stage1_geometry_finetune.merge import ConvertRequest, ConvertResult
 
@@ -120,6 +120,17 @@ def test_a_folded_file_gets_the_student_folded_alike(tmp_path, capfd):
     assert f"Student encoder keys extracted: {num_trained}\nFolded as the pretrained file is: {num_trained} " in printed
     assert f"Keys matched in pretrained: {num_folded}\nReplaced {num_folded} weights" in printed
     assert "is not, bit for bit, the one that the fine-tuning began with" in printed
+
+
+def test_a_start_from_a_file_in_16_bit_is_recognised(tmp_path, capfd):
+    """A fine-tune computes in float32 from the rounded weights; that is no difference."""
+    start = make_student("demo_cnn", 0)
+    pretrained = write_pretrained(tmp_path / "half.pt", start, torch.float16)
+    rounded = as_stored(start, dict.fromkeys(start.state_dict(), torch.float16))
+    assert rounded is not start
+    finetuned = write_finetuned(tmp_path / "best.pth", make_student("demo_cnn", 1), rounded)
+    assert convert(finetuned, pretrained, tmp_path / "new.pt") == 0
+    assert "the fine-tuning began with the student of the pretrained file" in capfd.readouterr().out
 
 
 def test_a_trained_neck_is_replaced_and_said(start, pretrained, tmp_path, capfd):

@@ -39,6 +39,7 @@ def adding(key: str, value: Tensor) -> Callable[[dict[str, Tensor]], dict[str, T
 
 
 BIAS = "head.3.bias"
+SAYS = "is not what its description says "
 
 
 @pytest.mark.parametrize(
@@ -92,10 +93,31 @@ def test_a_neck_of_other_shape_or_left_out_is_refused(start, pretrained, tmp_pat
     path = write_finetuned(tmp_path / "a.pth", student, start, {NECK_KEY: torch.zeros(3)}, TRAIN_NECK=True)
     assert convert(path, pretrained, tmp_path / "new.pt") == 2
     assert "shapes differ: detector.backbone.vision_backbone.convs.0.conv_1x1.bias" in capfd.readouterr().err
+    part = {key: value for key, value in neck_weights(pretrained).items() if key != NECK_KEY}
+    path = write_finetuned(tmp_path / "part.pth", student, start, part, TRAIN_NECK=True)
+    assert convert(path, pretrained, tmp_path / "new.pt") == 2
+    assert f"the trained detector neck, beside the merged file's, {SAYS}1 keys are missing, such as {NECK_KEY}" in (
+        re.sub(r"\(\d+ keys\): ", "", capfd.readouterr().err)
+    )
     path = write_finetuned(tmp_path / "b.pth", student, start, TRAIN_NECK=True)
     assert convert(path, pretrained, tmp_path / "new.pt") == 2
     assert "its config says MODEL.TRAIN_NECK True, but it holds 0 weights" in capfd.readouterr().err
     assert not (tmp_path / "new.pt").exists()
+
+
+def test_a_part_that_an_earlier_fine_tune_trained_must_not_stay(start, pretrained, finetuned, tmp_path, capfd):
+    """Its neck was made for another student: behind this one it would give wrong masks without an error."""
+    neck = neck_weights(pretrained)
+    with_neck = write_finetuned(tmp_path / "neck.pth", make_student("demo_cnn", 2), start, neck, TRAIN_NECK=True)
+    assert convert(with_neck, pretrained, tmp_path / "tuned.pt") == 0
+    capfd.readouterr()
+    assert convert(finetuned, tmp_path / "tuned.pt", tmp_path / "new.pt") == 2
+    stderr = capfd.readouterr().err
+    assert "an earlier fine-tune trained its detector neck" in stderr and "made from, merged.pt" in stderr
+    assert not (tmp_path / "new.pt").exists()
+    assert convert(with_neck, tmp_path / "tuned.pt", tmp_path / "new.pt") == 0, (
+        "a run that trained the same replaces it"
+    )
 
 
 def test_a_wrong_pair_is_refused(start, pretrained, finetuned, tmp_path, capfd):
@@ -103,10 +125,10 @@ def test_a_wrong_pair_is_refused(start, pretrained, finetuned, tmp_path, capfd):
     output = tmp_path / "new.pt"
     other = write_pretrained(tmp_path / "other.pt", make_student("efficientvit_b0", seed=0))
     assert convert(finetuned, other, output) == 2
-    assert "trained the student demo_cnn, but --pretrained" in capfd.readouterr().err
+    assert f"holds the student efficientvit_b0, but {finetuned} trained demo_cnn: give" in capfd.readouterr().err
     fused16 = write_pretrained(tmp_path / "fused16.pt", make_student("demo_cnn", seed=0, fuse_stride16=True))
     assert convert(finetuned, fused16, output) == 2
-    assert "holds demo_cnn with fused stride 16" in capfd.readouterr().err
+    assert "holds the student demo_cnn with fused stride 16, but" in capfd.readouterr().err
     teacher = tmp_path / "teacher.pt"
     write_merged(teacher, released_state_dict(make_model(TINY)), {"model": TINY.to_dict()})
     assert convert(finetuned, teacher, output) == 2

@@ -33,7 +33,7 @@ SETTINGS = {
     "teacher as start": ({"MODEL__PRETRAINED": TEACHER_FILE}, "holds SAM 3's own trunk and no student"),
     "backbone": (
         {"MODEL__BACKBONE": "efficientvit_b0"},
-        "holds the student demo_cnn, but the settings ask for efficientvit_b0 (MODEL.BACKBONE",
+        "holds the student demo_cnn, but the settings ask for efficientvit_b0: name this student's merged file",
     ),
     "unknown backbone": ({"MODEL__BACKBONE": "resnet"}, "MODEL.BACKBONE: "),
     "fusion": ({"MODEL__FUSE_STRIDE16": True}, "but the settings ask for demo_cnn with fused stride 16"),
