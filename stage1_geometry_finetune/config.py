@@ -69,7 +69,9 @@ def _distill_defaults() -> CfgNode:
     distill.MATCH_SCORE = 0.3  # from this score on; the best one always counts
     distill.MATCH_MASK_COST = 5.0  # of masks when student queries are matched, beside class 2, box 5, GIoU 2
     distill.OBJECTS_PER_PASS = 4  # objects that the detector answers at once; fewer take less memory
-    distill.TEACHER_CACHE_MB = 0  # PROMPTS.FIXED: host memory per process for the teacher's answers; 0: no cache
+    # PROMPTS.FIXED: host memory per process for the teacher's answers; 0: no cache. At 1008 px 83 kB per kept mask, so
+    # it serves a small set on few processes: each of N keeps its own, and is given other images every epoch.
+    distill.TEACHER_CACHE_MB = 0
     return distill
 
 

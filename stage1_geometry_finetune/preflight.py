@@ -21,7 +21,8 @@ from sam3_train.errors import UserError
 from sam3_train.feature_scale import NORMALIZATIONS
 from stage1_geometry_finetune.frozen_heads import trained_part_sizes
 
-LOSS_WEIGHTS = ("EMBEDDING", "MASK_BCE", "MASK_DICE", "SCORE", "PRESENCE", "BOX", "ROUTE_DETECTOR", "ROUTE_SAM")
+LOSS_TERMS = ("EMBEDDING", "MASK_BCE", "MASK_DICE", "SCORE", "PRESENCE", "BOX")
+LOSS_WEIGHTS = (*LOSS_TERMS, "ROUTE_DETECTOR", "ROUTE_SAM")
 
 
 def check_settings(cfg: CfgNode, problems: list[str], is_main: bool = True) -> None:
@@ -41,7 +42,7 @@ def check_settings(cfg: CfgNode, problems: list[str], is_main: bool = True) -> N
         ("DATA.PREFETCH_FACTOR", cfg.DATA.PREFETCH_FACTOR, cfg.DATA.PREFETCH_FACTOR >= 1),
         ("DISTILL.STATISTICS_IMAGES", distill.STATISTICS_IMAGES, distill.STATISTICS_IMAGES >= 1),
         ("DISTILL.MAX_MISSING_FRACTION", distill.MAX_MISSING_FRACTION, 0 <= distill.MAX_MISSING_FRACTION < 1),
-        *((f"DISTILL.{name}", distill[name], distill[name] >= 0) for name in LOSS_WEIGHTS),
+        *((f"DISTILL.{name}", distill[name], 0 <= distill[name] < float("inf")) for name in LOSS_WEIGHTS),
         ("DISTILL.MATCH_TOP", distill.MATCH_TOP, distill.MATCH_TOP >= 1),
         ("DISTILL.MATCH_SCORE", distill.MATCH_SCORE, 0 <= distill.MATCH_SCORE <= 1),
         ("DISTILL.MATCH_MASK_COST", distill.MATCH_MASK_COST, distill.MATCH_MASK_COST >= 0),
@@ -54,8 +55,12 @@ def check_settings(cfg: CfgNode, problems: list[str], is_main: bool = True) -> N
             problems.append(f"{key}: {value} is out of range")
     if not distill.ROUTE_DETECTOR > 0 and not distill.ROUTE_SAM > 0:
         problems.append("DISTILL.ROUTE_DETECTOR and DISTILL.ROUTE_SAM are both 0: no prompt would be answered")
-    elif not any(distill[name] > 0 for name in LOSS_WEIGHTS[:-2]):
-        problems.append(f"all of DISTILL.{', '.join(LOSS_WEIGHTS[:-2])} are 0: there is no loss")
+    # The SAM heads predict no box.
+    elif not any(distill[name] > 0 for name in LOSS_TERMS if name != "BOX" or distill.ROUTE_DETECTOR > 0):
+        problems.append(
+            f"all of DISTILL.{', '.join(LOSS_TERMS)} are 0, or BOX without ROUTE_DETECTOR is the only other one: there "
+            "is no loss"
+        )
     if distill.TEACHER_CACHE_MB > 0 and not prompts.FIXED:
         problems.append("DISTILL.TEACHER_CACHE_MB: prompts come back only with PROMPTS.FIXED True")
     if distill.TEACHER_CACHE_MB > 0 and distill.ONLINE_TEACHER and not distill.NO_RAND:

@@ -26,7 +26,7 @@ from sam3_train.training_source import TrainingSource, build_source
 from stage1_geometry_finetune.config import get_defaults
 from stage1_geometry_finetune.data import PromptExtras, annotation_problems, prompt_spec
 from stage1_geometry_finetune.frozen_heads import FrozenHeads
-from stage1_geometry_finetune.preflight import check_settings, num_trained_with_student, require_heads
+from stage1_geometry_finetune.preflight import LOSS_TERMS, check_settings, num_trained_with_student, require_heads
 from stage1_geometry_finetune.starting_student import StartingStudent, read_starting_student
 from stage1_geometry_finetune.task import GeometryTask
 
@@ -50,6 +50,7 @@ class PreparedRun:
     data: TrainingData
     start: StartingStudent
     plan: TrainingPlan
+    world_size: int
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
@@ -68,12 +69,17 @@ class PreparedRun:
                 f"warning: the student learned from a teacher with sha256 {learned[:12]}, the embeddings are of one "
                 f"with {stored[:12]}"
             )
+        if self.cfg.DISTILL.TEACHER_CACHE_MB > 0 and self.world_size > 1:
+            notes.append(
+                f"warning: each of {self.world_size} processes has a teacher cache of its own and other images every "
+                f"epoch: after n epochs about 1 - (1 - 1/{self.world_size})^n of the answers are known "
+                "(DISTILL.TEACHER_CACHE_MB)"
+            )
         return notes
 
 
 def _describe_settings(cfg: CfgNode) -> list[str]:
     distill, prompts, model = cfg.DISTILL, cfg.PROMPTS, cfg.MODEL
-    names = ("EMBEDDING", "MASK_BCE", "MASK_DICE", "SCORE", "PRESENCE", "BOX")
     routes = [
         f"{name} x {weight:g}"
         for name, weight in (("detector", distill.ROUTE_DETECTOR), ("SAM heads", distill.ROUTE_SAM))
@@ -83,7 +89,7 @@ def _describe_settings(cfg: CfgNode) -> list[str]:
     fewest, most = prompts.NUM_POINTS
     return [
         f"routes    {', '.join(routes)}" + (f"; {' and '.join(also)} trained too" if also else ""),
-        "loss      " + " + ".join(f"{distill[name]:g} {name.lower()}" for name in names if distill[name]),
+        "loss      " + " + ".join(f"{distill[name]:g} {name.lower()}" for name in LOSS_TERMS if distill[name]),
         f"prompts   up to {prompts.MAX_OBJECTS} objects per image, box : points : both = {prompts.BOX_SHARE:g} : "
         f"{prompts.POINT_SHARE:g} : {prompts.BOTH_SHARE:g}, {fewest} to {most} points ({prompts.POINT_SAMPLING}), "
         f"{prompts.REFINE_ROUNDS} refinement rounds, "
@@ -140,7 +146,7 @@ def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:
         check_disk(output, plan.disk_bytes, "the checkpoints", problems)
     require_no_problems(problems)
     assert plan is not None
-    return PreparedRun(cfg, output, data, start, plan)
+    return PreparedRun(cfg, output, data, start, plan, run.world_size)
 
 
 def _check_model(cfg: CfgNode, problems: list[str], is_main: bool) -> StartingStudent | None:

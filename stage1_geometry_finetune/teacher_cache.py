@@ -2,7 +2,8 @@
 
 Worth its memory only where prompts are the same every epoch (``PROMPTS.FIXED``). Then an epoch passes over all of them
 before any comes back, which is why nothing is ever thrown out to make room: the oldest answer would be the next one
-needed.
+needed. Each process has a cache of its own, while an epoch deals the images out anew: of N processes, one meets an
+image again that it knows in one of N epochs at first, and more often the more it has seen.
 """
 
 from __future__ import annotations

@@ -17,10 +17,13 @@ from sam3.checkpoint_keys import STUDENT_PREFIX, student_to_published
 from sam3.config import Sam3Config, StudentConfig
 from sam3.model.vitdet import ViT
 from sam3_train.checkpoint import load_checkpoint, state_dict_sha256
+from sam3_train.distributed import RunContext
 from sam3_train.log import read_metrics
 from sam3_train.student_checkpoint import build_trained_student, read_student
 from sam3_train.trainer import Trainer
 from stage1_geometry_finetune.convert_geometry_finetune import main as convert
+from stage1_geometry_finetune.run import prepare_run
+from stage1_geometry_finetune.train_geometry_finetune import build_parser
 
 STEP_1 = "ckpt_step_00000001.pth"
 
@@ -155,6 +158,16 @@ def test_the_teacher_is_asked_once_where_prompts_are_fixed(finetune_world, tmp_p
     first, second = read_metrics(tmp_path, "train")
     assert (first["cache_hits"], second["cache_hits"]) == (0.0, 1.0)
     assert second["loss"] == pytest.approx(first["loss"], rel=1e-5)
+
+
+def test_a_cache_in_several_processes_is_warned_of(finetune_world):
+    """D-96: each process meets the images of the others too."""
+    cfg = finetune_world.finetune("caches", PROMPTS__FIXED=True, DISTILL__TEACHER_CACHE_MB=8)
+    args = build_parser().parse_args(["--cfg", str(cfg)])
+    for world_size in (1, 3):
+        lines = prepare_run(args, RunContext(torch.device("cpu"), world_size=world_size)).lines()
+        warned = [line for line in lines if "each of 3 processes has a teacher cache of its own" in line]
+        assert len(warned) == (world_size == 3)
 
 
 def test_the_teacher_s_trunk_is_never_there_with_stored_embeddings(finetune_world, tmp_path, monkeypatch):

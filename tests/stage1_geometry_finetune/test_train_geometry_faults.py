@@ -42,8 +42,13 @@ SETTINGS = {
     "no route": ({"DISTILL__ROUTE_SAM": 0.0}, "DISTILL.ROUTE_DETECTOR and DISTILL.ROUTE_SAM are both 0"),
     "no loss": (
         {f"DISTILL__{name}": 0.0 for name in ("EMBEDDING", "MASK_BCE", "MASK_DICE", "SCORE", "PRESENCE", "BOX")},
-        "are 0: there is no loss",
+        "there is no loss",
     ),
+    "no loss of this route": (
+        {f"DISTILL__{name}": 0.0 for name in ("EMBEDDING", "MASK_BCE", "MASK_DICE", "SCORE", "PRESENCE")},
+        "BOX without ROUTE_DETECTOR is the only other one: there is no loss",
+    ),
+    "weight": ({"DISTILL__MASK_DICE": float("inf")}, "DISTILL.MASK_DICE: inf is out of range"),
     "cache": ({"DISTILL__TEACHER_CACHE_MB": 10}, "prompts come back only with PROMPTS.FIXED True"),
     "prompts": ({"PROMPTS__POINT_SAMPLING": "middle", "PROMPTS__NUM_POINTS": [2, 1]}, "'middle' is not one of"),
     "batch": ({"DATA__BATCH_SIZE": 7}, "DATA.BATCH_SIZE 7 over 1 processes is more than the 6 training images"),
