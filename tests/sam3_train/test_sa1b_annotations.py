@@ -97,6 +97,8 @@ def test_no_objects_can_be_allowed_and_a_missing_file_is_named(tmp_path: Path) -
     ("segmentation", "said"),
     [
         ({"size": [4, 4], "counts": [16]}, "mask size"),
+        ({"size": 8, "counts": [48]}, "mask size 8"),
+        ({"counts": [48]}, "mask size None"),
         ({"size": [8, 6], "counts": [40]}, "do not fill"),
         ({"size": [8, 6], "counts": [50, -2]}, "do not fill"),
         ({"size": [8, 6], "counts": [40.0, 8]}, "do not fill"),
@@ -108,6 +110,7 @@ def test_no_objects_can_be_allowed_and_a_missing_file_is_named(tmp_path: Path) -
         ([], "must be RLE or polygons"),
         ([[1.0, 2.0, 3.0, 4.0]], "three or more"),
         ([[1.0, 2.0, 3.0, 4.0, 5.0, "x"]], "other than numbers"),
+        *(([[0.0, 0.0, far, 0.0, far, 3.0]], "far outside") for far in (1e9, -1e300, float("inf"), float("nan"))),
         ("0123", "must be RLE or polygons"),
     ],
 )
@@ -125,3 +128,26 @@ def test_malformed_objects_can_be_set_aside() -> None:
     malformed: list[str] = []
     assert [each.object_id for each in parse_sa1b_annotation(content, "sa_1.json", malformed=malformed)] == [2]
     assert len(malformed) == 1 and "sa_1.json: object 0 is malformed: no field 'area'" in malformed[0]
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [{"area": float("inf")}, {"bbox": [0.0, 0.0, float("nan"), 1.0]}, {"point_coords": [[1.0, float("inf")]]}],
+    ids=["area", "bbox", "click"],
+)
+def test_numbers_that_are_not_finite_make_an_object_malformed(edit: dict) -> None:
+    """JSON as Python reads it has them; a click at infinity is on no pixel."""
+    record = make_annotation(1)
+    record["annotations"][0].update(edit)
+    malformed: list[str] = []
+    objects = parse_sa1b_annotation(json.dumps(record).encode(), "sa_1.json", malformed=malformed)
+    assert [each.object_id for each in objects] == [2]
+    assert len(malformed) == 1 and "sa_1.json: object 0 is malformed" in malformed[0]
+
+
+def test_an_image_of_no_finite_size_and_json_without_end_are_refused() -> None:
+    record = make_annotation(1)
+    record["image"]["height"] = float("inf")
+    for content in (json.dumps(record).encode(), b"[" * 200_000):
+        with pytest.raises(AnnotationError, match=r"sa_1\.json: not "):
+            parse_sa1b_annotation(content, "sa_1.json")

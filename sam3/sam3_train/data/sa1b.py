@@ -5,7 +5,9 @@ Distilling the trunk reads none of this; stages with prompts and evaluations do.
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from sam3_train.errors import UserError
 
 _MOST_DIGITS = 9
 """Of a number in a compressed RLE: 45 bits hold any run of pixels, and the arithmetic of 64 bits holds their sums."""
+
+_FARTHEST = 10
+"""How many image sides from its corner a polygon's point may lie."""
 
 
 class AnnotationError(UserError):
@@ -88,12 +93,12 @@ def parse_sa1b_annotation(
         raise AnnotationError(f"{where}: the annotation file is empty; unpack it again or remove it")
     try:
         record = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AnnotationError(f"{where}: not valid JSON ({error}); unpack it again or remove it") from None
     try:
         size_hw = (int(record["image"]["height"]), int(record["image"]["width"]))
         entries = list(record["annotations"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise AnnotationError(
             f"{where}: not an SA-1B annotation ({_describe(error)}); expected image.height, image.width and annotations"
         ) from None
@@ -114,6 +119,8 @@ def _parse_object(entry: Any, size_hw: tuple[int, int], where: str) -> Sa1bObjec
     try:
         x, y, width, height = (float(value) for value in entry["bbox"])
         points = tuple((float(px), float(py)) for px, py in entry.get("point_coords", ()))
+        if not all(map(math.isfinite, (x, y, width, height, *itertools.chain(*points)))):
+            raise ValueError("bbox or point_coords hold a number that is not finite")
         return Sa1bObject(
             object_id=int(entry["id"]),
             size_hw=size_hw,
@@ -125,7 +132,7 @@ def _parse_object(entry: Any, size_hw: tuple[int, int], where: str) -> Sa1bObjec
             segmentation=entry["segmentation"],
             where=where,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise AnnotationError(f"{where} is malformed: {_describe(error)}") from None
 
 
@@ -148,8 +155,9 @@ def decode_segmentation(segmentation: Any, size_hw: tuple[int, int], where: str)
 
     height, width = size_hw
     if isinstance(segmentation, dict):
-        if list(segmentation.get("size", ())) != [height, width]:
-            raise AnnotationError(f"{where}: mask size {segmentation.get('size')} is not the image's {[height, width]}")
+        size = segmentation.get("size")
+        if not isinstance(size, (list, tuple)) or list(size) != [height, width]:
+            raise AnnotationError(f"{where}: mask size {str(size)[:60]} is not the image's {[height, width]}")
         counts = segmentation.get("counts")
         if isinstance(counts, list):
             return _decode_counts(counts, size_hw, where)
@@ -163,6 +171,9 @@ def decode_segmentation(segmentation: Any, size_hw: tuple[int, int], where: str)
             raise AnnotationError(f"{where}: a polygon needs three or more x, y pairs, got {str(polygon)[:60]!r}")
         if not all(isinstance(value, (int, float)) for value in polygon):
             raise AnnotationError(f"{where}: a polygon holds something other than numbers: {str(polygon)[:60]!r}")
+        # Also false for NaN. pycocotools ends the process at such numbers.
+        if not all(abs(value) <= _FARTHEST * max(height, width) for value in polygon):
+            raise AnnotationError(f"{where}: a polygon lies far outside the image: {str(polygon)[:60]!r}")
     return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))).astype(bool)
 
 
