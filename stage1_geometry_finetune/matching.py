@@ -21,6 +21,8 @@ LEVELS = 256
 """Steps in which probabilities of the teacher's masks are kept; more than half is `LEVELS` / 2 or more."""
 COST_SIDE = 72
 """Masks are compared at this resolution at most when queries are matched."""
+_LARGEST = 100.0
+"""Stands for infinity among logits, normalised boxes and costs."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,13 @@ def match_detections(
     targets = SetTargets(detections.boxes, detections.kept)
     student = _coarse(answer.mask_logits.detach().float().sigmoid())
     costs = mask_cost * dice_costs(student, _coarse(unpack_masks(detections.masks)))
-    return matcher(answer.logits.detach(), answer.boxes.detach(), targets, more_costs_bqt=costs)
+    # A student may overflow for a step. The loss is then not finite, and the loop skips the step and counts it; an
+    # assignment that does not exist would end the run instead.
+    logits, boxes, costs = (
+        torch.nan_to_num(values.detach().float(), nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
+        for values in (answer.logits, answer.boxes, costs)
+    )
+    return matcher(logits, boxes, targets, more_costs_bqt=costs)
 
 
 def dice_costs(masks_bqhw: Tensor, targets_bthw: Tensor) -> Tensor:

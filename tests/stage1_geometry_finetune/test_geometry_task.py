@@ -72,6 +72,18 @@ def test_a_student_that_has_learnt_everything_makes_the_teachers_masks(monkeypat
     torch.testing.assert_close(values["truth_iou"], values["teacher_truth_iou"])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_a_student_that_overflows_makes_a_loss_that_the_loop_skips(value, monkeypatch):
+    """Not an exception, which would end the run on all ranks: a step that is not finite is skipped and counted."""
+    task, batch = make_task(refine_rounds=1).train(), make_batch()
+    features = torch.full_like(batch["teacher"], value)
+    features[0] = batch["teacher"][0]
+    monkeypatch.setattr(task, "student_features", lambda batch: features)
+    assert not task(batch)["loss"].isfinite()
+    with torch.no_grad():
+        assert task.eval().validate(make_batch("xxxxx"))["truth_iou"].shape == (2,)
+
+
 def test_validation_scores_boxes_and_clicks_against_truth_and_teacher():
     """D-94: per image, with the masks of the annotations, and it picks the best checkpoint."""
     task = make_task().eval()
