@@ -110,16 +110,15 @@ def match_detections(
     Returns:
         As many pairs as detections are kept; ``target`` counts the detections of a prompt.
     """
-    targets = SetTargets(detections.boxes, detections.kept)
     student = _coarse(answer.mask_logits.detach().float().sigmoid())
     costs = mask_cost * dice_costs(student, _coarse(unpack_masks(detections.masks)))
-    # A student may overflow for a step. The loss is then not finite, and the loop skips the step and counts it; an
-    # assignment that does not exist would end the run instead.
-    logits, boxes, costs = (
+    # A student (or a teacher in the loop) may overflow for a step. The loss is then not finite, and the loop skips the
+    # step and counts it; an assignment that does not exist would end the run instead.
+    logits, boxes, wanted, costs = (
         torch.nan_to_num(values.detach().float(), nan=0.0, posinf=_LARGEST, neginf=-_LARGEST)
-        for values in (answer.logits, answer.boxes, costs)
+        for values in (answer.logits, answer.boxes, detections.boxes, costs)
     )
-    return matcher(logits, boxes, targets, more_costs_bqt=costs)
+    return matcher(logits, boxes, SetTargets(wanted, detections.kept), more_costs_bqt=costs)
 
 
 def dice_costs(masks_bqhw: Tensor, targets_bthw: Tensor) -> Tensor:

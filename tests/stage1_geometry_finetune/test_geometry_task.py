@@ -84,6 +84,14 @@ def test_a_student_that_overflows_makes_a_loss_that_the_loop_skips(value, monkey
         assert task.eval().validate(make_batch("xxxxx"))["truth_iou"].shape == (2,)
 
 
+def test_so_does_a_teacher_in_the_loop_that_overflows():
+    batch = make_batch()
+    batch["teacher"] = batch["teacher"].clone()
+    batch["teacher"][1] = math.nan
+    with torch.no_grad():
+        assert not make_task(sam=False)(batch)["detector_box"].isfinite()
+
+
 def test_validation_scores_boxes_and_clicks_against_truth_and_teacher():
     """D-94: per image, with the masks of the annotations, and it picks the best checkpoint."""
     task = make_task().eval()
