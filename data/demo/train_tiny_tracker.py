@@ -186,7 +186,7 @@ def _export(cfg: CfgNode, args: argparse.Namespace) -> None:
     metadata = read_state_dict(Path(cfg.MODEL.PRETRAINED))[1]
     provenance = {**metadata.get("provenance", {}), "tracker_epoch": state["epoch"], "tracker_step": state["step"]}
     metadata = {**metadata, "model": model.config.to_dict(), "provenance": provenance}
-    partial = args.weights.with_name(f".{args.weights.name}.partial")
+    partial = args.weights.with_name(f".{args.weights.stem}.partial{args.weights.suffix}")  # decides the format
     weights = {name: value for name, value in released_state_dict(model).items() if not value.is_complex()}
     write_merged(partial, weights, metadata, dtype=torch.float16)  # without rotary tables, which are computed
     shipped = load_model(partial, device="cpu")
