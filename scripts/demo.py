@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from step_runner import Step, StepFailedError, run_steps
@@ -32,7 +32,7 @@ FINETUNE_CFG = Path("stage1_geometry_finetune/configs/demo_cnn.yaml")
 STUDENT = "demo_cnn"
 LAUNCH_SOURCES = (Path("scripts/launch.sh"), Path("sam3/sam3_train/torchrun.py"))
 # Two processes of one thread each beat one of two on networks this small, and show that every step is distributed.
-PROCESSES = "2"
+CPU = ("DEVICE=cpu", "NPROC=2")
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -62,106 +62,148 @@ def with_bases(cfg_file: Path) -> list[Path]:
     return [cfg_file, *(path for base in settings.get("BASE", ()) for path in with_bases(cfg_file.parent / base))]
 
 
+class Places(NamedTuple):
+    """Where the steps put what they make."""
+
+    world: Path
+    export: Path
+    run: Path
+    merged: Path
+    tuned_run: Path
+    tuned: Path
+    page: Path
+    stamps: Path
+
+    @classmethod
+    def below(cls, output: Path) -> Places:
+        """All of them in one folder."""
+        return cls(
+            world=output / "world",
+            export=output / "stage1_teacher",
+            run=output / "stage1" / STUDENT,
+            merged=output / f"efficient_sam3_{STUDENT}.pt",
+            tuned_run=output / "stage1_geometry" / STUDENT,
+            tuned=output / f"efficient_sam3_{STUDENT}_geometry.pt",
+            page=output / "index.html",
+            stamps=output / "steps",
+        )
+
+
 def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[Step]:
     """The demo from an empty folder to the page; paths are relative to the repository where they lie in it."""
-    world, export, run = output / "world", output / "stage1_teacher", output / "stage1" / STUDENT
-    tuned_run = output / "stage1_geometry" / STUDENT
-    merged, page = output / f"efficient_sam3_{STUDENT}.pt", output / "index.html"
-    tuned = output / f"efficient_sam3_{STUDENT}_geometry.pt"
+    at = Places.below(output)
+    return [world_step(settings, at), *stage1_steps(at), *finetune_steps(at), report_step(cfg_file, at)]
+
+
+def world_step(settings: dict[str, Any], at: Places) -> Step:
+    """The generated scenes that everything else learns from and is measured on."""
     world_options = [word for name, value in settings["WORLD"].items() for word in (f"--{name}", str(value))]
-    cpu = ["DEVICE=cpu", f"NPROC={PROCESSES}"]
+    return Step(
+        "world",
+        "Make the demo world",
+        ["python", "data/demo/demo_world.py", "--output", str(at.world), *world_options],
+        sources_of(Path("data/demo/demo_world.py"), ROOT),
+        [at.world / "images/train", at.world / "images/val", at.world / "images/test", at.world / "photos"],
+        owned=[at.world],
+    )
+
+
+def stage1_steps(at: Places) -> list[Step]:
+    """Stage 1: embeddings, student, merged file."""
     return [
-        Step(
-            "world",
-            "Make the demo world",
-            ["python", "data/demo/demo_world.py", "--output", str(world), *world_options],
-            sources_of(Path("data/demo/demo_world.py"), ROOT),
-            [world / "images/train", world / "images/val", world / "images/test", world / "photos"],
-            owned=[world],
-        ),
         Step(
             "export",
             "Export the teacher's embeddings",
             [
-                *("bash", "stage1/scripts/save_stage1_embeddings.sh", f"CFG={TEACHER_CFG}", f"DATA_PATH={world}"),
-                *(f"OUTPUT={export}", *cpu),
+                *("bash", "stage1/scripts/save_stage1_embeddings.sh", f"CFG={TEACHER_CFG}", f"DATA_PATH={at.world}"),
+                *(f"OUTPUT={at.export}", *CPU),
             ],
             [
                 *(*with_bases(TEACHER_CFG), TEACHER, Path("stage1/scripts/save_stage1_embeddings.sh"), *LAUNCH_SOURCES),
                 *sources_of(Path("stage1/save_embedding_stage1.py"), ROOT),
             ],
-            [export / "embeddings"],
-            owned=[export],
+            [at.export / "embeddings"],
+            owned=[at.export],
         ),
         Step(
             "train",
             "Train the student",
             [
-                *("bash", "stage1/scripts/train_stage1_student.sh", f"CFG={STUDENT_CFG}", f"DATA_PATH={world}"),
-                *(f"OUTPUT={run}", *cpu, "--opts", "DISTILL.TEACHER_EMBED_PATH", str(export / "embeddings")),
+                *("bash", "stage1/scripts/train_stage1_student.sh", f"CFG={STUDENT_CFG}", f"DATA_PATH={at.world}"),
+                *(f"OUTPUT={at.run}", *CPU, "--opts", "DISTILL.TEACHER_EMBED_PATH", str(at.export / "embeddings")),
             ],
             [
                 *(*with_bases(STUDENT_CFG), Path("stage1/scripts/train_stage1_student.sh"), *LAUNCH_SOURCES),
                 *sources_of(Path("stage1/train_stage1.py"), ROOT),
             ],
-            [run / "best.pth"],
-            owned=[run],
+            [at.run / "best.pth"],
+            owned=[at.run],
         ),
         Step(
             "merge",
             "Merge the student into the teacher's checkpoint",
             [
-                *("python", "stage1/convert_stage1_weights.py", "--student-ckpt", str(run / "best.pth")),
-                *("--sam3-ckpt", str(TEACHER), "--output", str(merged), "--fuse", "--dtype", "fp16"),
+                *("python", "stage1/convert_stage1_weights.py", "--student-ckpt", str(at.run / "best.pth")),
+                *("--sam3-ckpt", str(TEACHER), "--output", str(at.merged), "--fuse", "--dtype", "fp16"),
             ],
             sources_of(Path("stage1/convert_stage1_weights.py"), ROOT),
-            [merged],
-            owned=[merged],
+            [at.merged],
+            owned=[at.merged],
         ),
+    ]
+
+
+def finetune_steps(at: Places) -> list[Step]:
+    """The geometry fine-tune, and the merged file with what it trained."""
+    return [
         Step(
             "finetune",
             "Fine-tune the student through the teacher's frozen heads",
             [
                 *("bash", "stage1_geometry_finetune/scripts/train_geometry_finetune.sh", f"CFG={FINETUNE_CFG}"),
-                *(f"DATA_PATH={world}", f"OUTPUT={tuned_run}", f"PRETRAINED={run / 'best.pth'}"),
-                *(f"TEACHER_EMBED_PATH={export / 'embeddings'}", *cpu),
+                *(f"DATA_PATH={at.world}", f"OUTPUT={at.tuned_run}", f"PRETRAINED={at.run / 'best.pth'}"),
+                *(f"TEACHER_EMBED_PATH={at.export / 'embeddings'}", *CPU),
             ],
             [
                 *(*with_bases(FINETUNE_CFG), Path("stage1_geometry_finetune/scripts/train_geometry_finetune.sh")),
                 *(TEACHER, *LAUNCH_SOURCES),
                 *sources_of(Path("stage1_geometry_finetune/train_geometry_finetune.py"), ROOT),
             ],
-            [tuned_run / "best.pth"],
-            owned=[tuned_run],
+            [at.tuned_run / "best.pth"],
+            owned=[at.tuned_run],
         ),
         Step(
             "convert",
             "Put the fine-tuned student into the merged file",
             [
                 *("python", "stage1_geometry_finetune/convert_geometry_finetune.py", "--finetune-ckpt"),
-                *(str(tuned_run / "best.pth"), "--pretrained", str(merged), "--output", str(tuned)),
+                *(str(at.tuned_run / "best.pth"), "--pretrained", str(at.merged), "--output", str(at.tuned)),
             ],
             sources_of(Path("stage1_geometry_finetune/convert_geometry_finetune.py"), ROOT),
-            [tuned],
-            owned=[tuned],
-        ),
-        Step(
-            "report",
-            "Compare teacher and student",
-            [
-                *("python", "scripts/demo_report.py", "--cfg", str(cfg_file), "--world", str(world)),
-                *("--teacher", str(TEACHER), "--student", str(merged), "--run", str(run)),
-                *("--finetuned", str(tuned), "--finetune-run", str(tuned_run)),
-                *("--stamps", str(output / "steps"), "--output", str(page)),
-            ],
-            [
-                *(cfg_file, Path("scripts/demo_page.css")),
-                *sources_of(Path("scripts/demo_report.py"), ROOT, [Path("data/demo")]),
-            ],
-            [page],
-            {"PYTHONPATH": "data/demo"},
+            [at.tuned],
+            owned=[at.tuned],
         ),
     ]
+
+
+def report_step(cfg_file: Path, at: Places) -> Step:
+    """The page."""
+    return Step(
+        "report",
+        "Compare teacher and student",
+        [
+            *("python", "scripts/demo_report.py", "--cfg", str(cfg_file), "--world", str(at.world)),
+            *("--teacher", str(TEACHER), "--student", str(at.merged), "--run", str(at.run)),
+            *("--finetuned", str(at.tuned), "--finetune-run", str(at.tuned_run)),
+            *("--stamps", str(at.stamps), "--output", str(at.page)),
+        ],
+        [
+            *(cfg_file, Path("scripts/demo_page.css")),
+            *sources_of(Path("scripts/demo_report.py"), ROOT, [Path("data/demo")]),
+        ],
+        [at.page],
+        {"PYTHONPATH": "data/demo"},
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
