@@ -29,6 +29,19 @@ HEIGHT, WIDTH = 30, 40
 Found = Sequence[tuple[float, tuple[int, int]]]
 """Detections of a frame: score, first column and last column + 1 of the mask grid, over rows 4 to 20."""
 FAST = VideoConfig(hotstart_delay=3, hotstart_unmatch_thresh=2, hotstart_dup_thresh=2, recondition_every_nth_frame=4)
+LEFT, MIDDLE, RIGHT = (1, 6), (9, 14), (18, 23)
+LOOSE = VideoConfig(
+    score_threshold_detection=0.0,
+    new_det_thresh=0.0,
+    det_nms_thresh=0.5,
+    hotstart_delay=0,
+    max_num_objects=3,
+    fill_hole_area=0,
+)
+"""Random weights find something."""
+CLICK: dict[str, Any] = {"points": [[0.5, 0.5]], "point_labels": [1], "obj_id": 7}
+SCRIPT: dict[int, Found] = {t: [(0.9, LEFT), (0.8, RIGHT)] for t in range(40)}
+"""Two objects that stay."""
 
 
 @functools.cache
@@ -127,3 +140,16 @@ def assert_same_outputs(first: Mapping[int, dict[str, Any]], second: Mapping[int
         for name in ("out_obj_ids", "out_probs", "out_boxes_xywh", "out_binary_masks"):
             np.testing.assert_array_equal(first[frame_idx][name], second[frame_idx][name], f"{frame_idx} {name}")
         assert first[frame_idx]["frame_stats"] == second[frame_idx]["frame_stats"]
+
+
+def fixed(obj_id: int, frame_idx: int) -> tuple[int, int]:
+    """Columns of objects that stay where they are."""
+    return (LEFT, RIGHT, MIDDLE)[min(obj_id, 2)]
+
+
+def start(count: int = 8, frame_idx: int = 0, **options: Any) -> tuple[ScriptedVideo, VideoState]:
+    """A session in which a text has found two objects, 0 and 1."""
+    video = ScriptedVideo(SCRIPT, tracks=fixed)
+    state = video.init_state(make_frames(count), **options)
+    video.add_prompt(state, frame_idx, text_str="thing")
+    return video, state

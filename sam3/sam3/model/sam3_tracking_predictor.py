@@ -369,9 +369,6 @@ class Sam3TrackerPredictor(TrackerEngine):
     ) -> Iterator[tuple[int, list[int], Tensor, Tensor, Tensor]]:
         frame_idx = state.first_prompted_frame if start is None else start
         assert frame_idx is not None
-        if state.policy is not None:
-            state.policy.require_startable(state, frame_idx, reverse)
-        self.propagate_in_video_preflight(state, run_mem_encoder)
         last = None if max_frames is None else frame_idx + (-max_frames if reverse else max_frames)
         while state.has_frame(frame_idx) and state.is_trackable:
             tracked = self.track_frame(state, frame_idx, reverse, run_mem_encoder)

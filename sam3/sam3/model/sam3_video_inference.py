@@ -7,7 +7,6 @@ shared.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,18 @@ from sam3.model.prompt import Prompt
 from sam3.model.sam3_image_processor import VISUAL_TEXT
 from sam3.model.sam3_tracker import PointInputs
 from sam3.model.sam3_video_base import Sam3VideoBase
+from sam3.model.video_clicks import is_integer, parse_clicks, require_frame, require_obj_id
 from sam3.model.video_detection import EncodedFrame
 from sam3.model.video_groups import Scene, TrackedGroup
 from sam3.model.video_outputs import FrameResult, HotstartBuffer, VideoSizeResult
 from sam3.model.video_state import TextPrompt, VideoState
 from sam3.sam.prompts import PromptError, to_array
-from sam3.video.frame_source import FrameRangeError, FrameSource, ListFrames, VideoDecodeError, open_frames
+from sam3.video.frame_source import FrameSource, ListFrames, VideoDecodeError, open_frames
 from sam3.video.video_file import DECODERS
 
 _UNKNOWN_LENGTH = 2**40
 """Frames of a live video, for rules that ask: above every index."""
 _RELEASED_LOADERS = ("cv2", "torchcodec")
-_POINT_LABELS = (0.0, 1.0)
 _PICTURE_SUFFIXES = set(IMAGE_SUFFIXES) - {".gif"}
 """A GIF is a video."""
 
@@ -139,7 +138,7 @@ class Sam3VideoInference(Sam3VideoBase):
             EditRefusedError: If the session no longer keeps what a click on the frame needs.
         """
         state = inference_state
-        frame_idx = _require_frame(state.frames, frame_idx)
+        frame_idx = require_frame(state.frames, frame_idx)
         if points is not None or obj_id is not None:
             if text_str is not None or boxes_xywh is not None:
                 raise PromptError("a click cannot come with a text or a box: add them in calls of their own")
@@ -180,8 +179,9 @@ class Sam3VideoInference(Sam3VideoBase):
     def _click(
         self, state: VideoState, frame_idx: int, points: Any, labels: Any, obj_id: int | None, is_relative: bool
     ) -> dict[str, Any]:
-        obj_id = _require_obj_id(obj_id)
-        inputs = self._parse_points(state, points, labels, is_relative)
+        obj_id = require_obj_id(obj_id)
+        on_model, marks = parse_clicks(points, labels, is_relative, self.model.preprocess, state.size_hw)
+        inputs = on_model.to(self.model.device), marks.to(self.model.device)
         state.require_editable(frame_idx)
         self._require_eval_mode()
         encoded = self.encode(state, frame_idx, need_detector=False)
@@ -218,30 +218,6 @@ class Sam3VideoInference(Sam3VideoBase):
         result.stats = None
         return result
 
-    def _parse_points(self, state: VideoState, points: Any, labels: Any, is_relative: bool) -> PointInputs:
-        if points is None or labels is None:
-            raise PromptError("a click needs points and point_labels")
-        values = torch.as_tensor(to_array(points, "point"), dtype=torch.float32)
-        if values.ndim not in (2, 3) or values.shape[-1] != 2 or (values.ndim == 3 and len(values) != 1):
-            raise PromptError(f"points have shape {tuple(values.shape)}, expected (n, 2): x, y")
-        values = values.reshape(-1, 2)
-        marks = torch.as_tensor(to_array(labels, "label"), dtype=torch.float32).reshape(-1)
-        if not len(values) or len(marks) != len(values):
-            raise PromptError(f"{len(marks)} labels for {len(values)} points: give one each, and at least one point")
-        for mark in marks.tolist():
-            if mark not in _POINT_LABELS:
-                raise PromptError(f"label {mark:g} of a point: a label is 1 (the object) or 0 (not the object)")
-        width_height = values.new_tensor([state.size_hw[1], state.size_hw[0]])
-        pixels = values * width_height if is_relative else values
-        if ((pixels < 0) | (pixels > width_height)).any():
-            what = "a fraction of width and height" if is_relative else "in pixels of the video"
-            raise PromptError(
-                f"a point lies outside the image ({state.size_hw[1]} x {state.size_hw[0]} pixels): {values.tolist()}; "
-                f"each must be {what} (rel_coordinates={is_relative})"
-            )
-        on_model = self.model.preprocess.coords_to_model(pixels, state.size_hw)
-        return on_model[None].to(self.model.device), marks[None].to(self.model.device)
-
     def remove_object(self, inference_state: VideoState, obj_id: int, is_user_action: bool = False) -> None:
         """Forget an object, on all frames.
 
@@ -253,7 +229,7 @@ class Sam3VideoInference(Sam3VideoBase):
         Raises:
             PromptError: If there is no such object.
         """
-        if (obj_id := _require_obj_id(obj_id)) not in inference_state.scores:
+        if (obj_id := require_obj_id(obj_id)) not in inference_state.scores:
             raise PromptError(f"there is no object {obj_id} to remove; there are {inference_state.obj_ids}")
         inference_state.discard_objects({obj_id})
         inference_state.num_edits += 1
@@ -294,7 +270,7 @@ class Sam3VideoInference(Sam3VideoBase):
         state = inference_state
         if state.first_frame is None:
             raise PromptError("nothing to propagate: add a prompt first")
-        start = _require_frame(state.frames, state.first_frame if start_frame_idx is None else start_frame_idx)
+        start = require_frame(state.frames, state.first_frame if start_frame_idx is None else start_frame_idx)
         if state.num_frames is None and reverse:
             raise PromptError(f"{state.frames.name}: a live source cannot be followed backward")
         last = _last_frame(state.num_frames, start, max_frame_num_to_track, reverse)
@@ -364,29 +340,9 @@ def _open_resource(resource: Any, loader: str | None, is_async: bool) -> FrameSo
     return open_frames(resource, decoder=loader if loader in DECODERS else None, prefetch=8 if is_async else 0)
 
 
-def _require_frame(frames: FrameSource, frame_idx: Any) -> int:
-    if not _is_integer(frame_idx):
-        raise PromptError(f"a frame index is an integer, got {frame_idx!r}")
-    if not frames.has_frame(frame_idx):
-        count = "an unknown number of" if frames.num_frames is None else str(frames.num_frames)
-        raise FrameRangeError(f"{frames.name}: has no frame {frame_idx}; it has {count} frames, counted from 0")
-    return int(frame_idx)
-
-
-def _require_obj_id(obj_id: Any) -> int:
-    if not _is_integer(obj_id) or obj_id < 0:
-        raise PromptError(f"obj_id must be an integer from 0 on, got {obj_id!r}")
-    return int(obj_id)
-
-
-def _is_integer(value: Any) -> bool:
-    """Also numpy's, which outputs have."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def _last_frame(num_frames: int | None, start: int, max_frames: int | None, reverse: bool) -> int | None:
     """The last frame of a propagation; None for the unknown end of a live source."""
-    if max_frames is not None and (not _is_integer(max_frames) or max_frames < 0):
+    if max_frames is not None and (not is_integer(max_frames) or max_frames < 0):
         raise PromptError(f"max_frame_num_to_track must be an integer from 0 on, got {max_frames!r}")
     if reverse:
         return 0 if max_frames is None else max(start - max_frames, 0)
