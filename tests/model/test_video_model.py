@@ -27,7 +27,7 @@ from video_world import (
 
 from sam3.model.sam3_video_inference import Sam3VideoInference
 from sam3.model.video_config import VideoConfig
-from sam3.model.video_groups import encode_tracked_memory
+from sam3.model.video_groups import encode_tracked_memory, resize, stored_mask_logits
 from sam3.model.video_state import VideoState
 
 LEFT, MIDDLE, RIGHT = (1, 6), (9, 14), (18, 23)
@@ -202,6 +202,36 @@ def test_a_sure_detection_renews_pointer_and_not_memory(logit: float, is_renewed
     # Frame 0 was processed twice and renewed too, so that memories differ by rounding of what came before.
     assert ours.maskmem_features is not None and theirs.maskmem_features is not None
     torch.testing.assert_close(ours.maskmem_features, theirs.maskmem_features)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_renewed_frame_conditions_all_objects_and_shows_what_was_tracked(reverse: bool) -> None:
+    """On frames that are multiples of four, either way; the detection is one column wider than the tracked mask."""
+    script = {t: [(0.85, (1, 7)), (0.75, RIGHT)] for t in range(9)}
+    video = ScriptedVideo(script, tracks=fixed(LEFT, RIGHT))
+    state, _ = start(video, 9, frame_idx=8 if reverse else 0)
+    outputs = run_all(video, state, reverse=reverse)
+    (group,) = state.groups
+    assert group.obj_ids == [0, 1] and set(group.bank.cond) == {0, 4, 8}
+    record, scene = group.bank.cond[4], state.scene
+    prompt = (resize(strip(1, 7)[None, None], scene.tracker.mask_prompt_size) > 0).to(torch.float32)
+    expected = scene.tracker.use_mask_as_output(noise_features(4), prompt)
+    assert record.pred_masks is not None
+    torch.testing.assert_close(record.pred_masks[:1], stored_mask_logits(scene, prompt))
+    torch.testing.assert_close(record.obj_ptr[:1], expected.obj_ptr)
+    assert record.pred_masks[1].abs().max() < 100 and float(record.object_score_logits[1]) != 10.0
+    shown = outputs[4]["out_binary_masks"]
+    np.testing.assert_array_equal(shown, outputs[5]["out_binary_masks"])
+    assert shown.any(axis=(1, 2)).all()
+
+
+def test_probation_counts_backward_too() -> None:
+    script = {8: [(0.9, LEFT), (0.9, RIGHT)], **{t: [(0.9, LEFT)] for t in range(8)}}
+    video = ScriptedVideo(script, tracks=fixed(LEFT, RIGHT))
+    state, out = start(video, 9, frame_idx=8)
+    assert out["out_obj_ids"].tolist() == [0, 1]
+    assert ids(run_all(video, state, reverse=True)) == {t: [0] for t in range(7, -1, -1)}
+    assert list(state.scores) == [0]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
