@@ -38,6 +38,8 @@ class TrainingData:
     augment: AugmentSpec | None
     missing: dict[str, list[str]] = field(default_factory=dict)
     """Images that are left out because they have no embedding: keys by split (``DISTILL.MAX_MISSING_FRACTION``)."""
+    num_quarantined: dict[str, int] = field(default_factory=dict)
+    """How many more are left out because the export could not use them, by split; the store lists the reasons."""
 
 
 def check_data(
@@ -65,7 +67,7 @@ def check_data(
     preprocess = attempt(problems, lambda: preprocess_config(cfg)) if teacher else None
     train = attempt(problems, lambda: image_index_from_config(cfg.DATA, "train"))
     val = attempt(problems, lambda: _val_index(cfg)) if cfg.VAL.ENABLE and train is not None else None
-    store, missing = None, {} if missing is None else missing
+    store, missing, quarantined = None, {} if missing is None else missing, dict[str, int]()
     if teacher and not cfg.DISTILL.ONLINE_TEACHER:
         store = attempt(problems, lambda: EmbeddingStore(cfg.DISTILL.TEACHER_EMBED_PATH, shape=teacher.embedding_shape))
         if store is None:
@@ -78,8 +80,8 @@ def check_data(
     if store is not None:
         _check_store(store, preprocess, augment, problems)
         limit = cfg.DISTILL.MAX_MISSING_FRACTION
-        train = _covered(store, train, limit, missing, problems)
-        val = _covered(store, val, limit, missing, problems) if val is not None else None
+        train = _covered(store, train, limit, missing, quarantined, problems)
+        val = _covered(store, val, limit, missing, quarantined, problems) if val is not None else None
         if train is None:
             return None
     if heads_file and Path(heads_file).is_file():
@@ -91,7 +93,7 @@ def check_data(
         )
     if problems:
         return None
-    return TrainingData(preprocess, teacher.grid_size, train, val, store, augment, missing)
+    return TrainingData(preprocess, teacher.grid_size, train, val, store, augment, missing, quarantined)
 
 
 def _val_index(cfg: CfgNode) -> ImageIndex:
@@ -122,7 +124,12 @@ def _views(augment: AugmentSpec | None) -> str:
 
 
 def _covered(
-    store: EmbeddingStore, index: ImageIndex, limit: float, missing: dict[str, list[str]], problems: list[str]
+    store: EmbeddingStore,
+    index: ImageIndex,
+    limit: float,
+    missing: dict[str, list[str]],
+    quarantined: dict[str, int],
+    problems: list[str],
 ) -> ImageIndex | None:
     """The index without the images that the export quarantined; a problem if too many others lack an embedding (D-42).
 
@@ -131,18 +138,28 @@ def _covered(
         index: The images.
         limit: Share of the images that may lack one.
         missing: Receives the keys of those that do.
+        quarantined: Receives how many images the export could not use.
         problems: Receives what is wrong.
     """
     coverage = store.check_coverage(index.keys)
     absent = coverage.missing
     if absent:
         missing[index.split] = absent
+    if coverage.quarantined:
+        quarantined[index.split] = len(coverage.quarantined)
+    hint = " (or VAL.ENABLE False)" if index.split == "val" else ""
     if len(absent) > limit * coverage.num_wanted:
-        hint = " (or VAL.ENABLE False)" if index.split == "val" else ""
         problems.append(
             f"{store.directory}: {len(absent)} of {coverage.num_wanted} {index.split} images have no embedding, first "
             f"{', '.join(absent[:LISTED_KEYS])}: run the export for the {index.split} split again{hint}; it adds what "
             f"is missing. DISTILL.MAX_MISSING_FRACTION {limit:g} allows {int(limit * coverage.num_wanted)}"
+        )
+        return None
+    if coverage.quarantined and not coverage.num_present:
+        key, reason = next(iter(coverage.quarantined.items()))
+        problems.append(
+            f"{store.directory}: no {index.split} image has an embedding, {len(coverage.quarantined)} were quarantined "
+            f"by the export, such as {key} ({reason}): repair them and export again{hint}"
         )
         return None
     return index.without({*coverage.quarantined, *absent})

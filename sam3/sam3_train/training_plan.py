@@ -206,4 +206,7 @@ def _describe_source(cfg: CfgNode, data: TrainingData) -> str:
     if data.store is None:
         return f"in the loop, weights {cfg.MODEL.SAM3_CHECKPOINT or 'from the hub'}"
     gigabytes = len(data.train) * data.store.spec.record_bytes / 1e9
-    return f"stored embeddings {data.store.directory} ({data.store.spec.codec}, {gigabytes:.2f} GB read per epoch)"
+    left_out = [f"{count} {split} images" for split, count in data.num_quarantined.items()]
+    return f"stored embeddings {data.store.directory} ({data.store.spec.codec}, {gigabytes:.2f} GB read per epoch)" + (
+        f"; {' and '.join(left_out)} that the export quarantined are left out" if left_out else ""
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -193,6 +194,36 @@ def test_some_images_without_an_embedding_are_left_out_and_listed(finetune_world
     record = json.loads((tmp_path / "run/config.json").read_text())
     assert record["num_train_images"] == 6 and record["num_missing_embeddings"] == {"train": 2}
     assert (tmp_path / "run/missing_embeddings.txt").read_text() == "sa_50\ttrain\nsa_51\ttrain\n"
+
+
+@pytest.fixture
+def quarantine(monkeypatch):
+    """Let the store say that the export could not use some images."""
+
+    def set_aside(*keys: str) -> None:
+        check = EmbeddingStore.check_coverage
+
+        def without_keys(store, wanted):
+            found = check(store, wanted)
+            return dataclasses.replace(found, quarantined={key: "not finite" for key in keys if key in list(wanted)})
+
+        monkeypatch.setattr(EmbeddingStore, "check_coverage", without_keys)
+
+    return set_aside
+
+
+def test_images_that_the_export_set_aside_are_counted(finetune_world, tmp_path, capfd, quarantine):
+    quarantine("sa_0", "sa_3")
+    assert finetune(finetune_world.finetune("aside"), tmp_path / "run", "--dry-run") == 0
+    printed = capfd.readouterr().out
+    assert "; 2 train images that the export quarantined are left out" in printed and "4 train, 2 val" in printed
+
+
+def test_a_split_whose_images_are_all_set_aside_is_refused(finetune_world, tmp_path, capfd, quarantine):
+    quarantine("sa_1000", "sa_1001")
+    stderr = refusal(finetune_world.finetune("all_aside"), tmp_path / "run", capfd)
+    assert "no val image has an embedding, 2 were quarantined by the export, such as sa_1000 (not finite)" in stderr
+    assert "(or VAL.ENABLE False)" in stderr
 
 
 def test_a_data_set_without_annotations_is_refused(finetune_world, tmp_path, capfd):
