@@ -5,6 +5,7 @@ Anything else is a bug: it leaves ``main`` as an exception, and Python prints it
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -42,7 +43,12 @@ def run_command(main_body: MainBody, argv: list[str] | None = None) -> int:
         argv: Passed through.
     """
     try:
-        return main_body(argv) or EXIT_DONE
+        code = main_body(argv) or EXIT_DONE
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read the output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end
+        return EXIT_DONE
     except Exception as error:
         if not isinstance(error, _user_error_types()):
             raise
