@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 
 import bench_stream
@@ -28,13 +29,17 @@ def test_tracker_beside_hf(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(parts) > 0 and sum(parts) < tracked["value"]
 
 
-def test_streams_keep_their_size_and_their_results(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_keep_their_size_and_their_results(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     def run_here(script, what, *sizes):
         if what == "equal":
             return {"same": bench_stream.equal_frames(*sizes)}
         return json.loads(json.dumps(bench_stream.run_stream(*sizes)))
 
     monkeypatch.setattr(bench_stream, "run_apart", run_here)
+    gc.freeze()  # so that what other tests left is not gone through at every look at the memory
+    request.addfinalizer(gc.unfreeze)
     assert bench_stream.equality_row("quick", CPU, 2, 30)["met"]
     rows = {row["name"]: row for row in bench_stream.stream_rows("quick", CPU, 1, 40, 20)}
     label = "quick, 1 object, 40 frames: "

@@ -275,13 +275,13 @@ def crowded_tracks(obj_id: int, frame_idx: int) -> tuple[int, int]:
 def test_a_forward_session_stays_the_same_size(selection: bool) -> None:
     settings = small_model().tracker.settings.replace(use_memory_selection=selection)
     video = ScriptedVideo(CROWDED, tracks=crowded_tracks, tracker_settings=settings)
-    state, _ = start(video, 180, edit_window=0)
+    state, _ = start(video, 108, edit_window=0)
     sizes = {}
     for t, _ in video.propagate_in_video(state):
         sizes[t] = kept_tensors(state)
-    assert max(sizes[t][0] for t in range(110, 177)) <= max(sizes[t][0] for t in range(40, 107))
-    assert max(sizes[t][1] for t in range(110, 177)) <= max(sizes[t][1] for t in range(40, 107))
-    assert sizes[150][0] < 250
+    assert max(sizes[t][0] for t in range(70, 105)) <= max(sizes[t][0] for t in range(35, 70))
+    assert max(sizes[t][1] for t in range(70, 105)) <= max(sizes[t][1] for t in range(35, 70))
+    assert sizes[100][0] < 250
     assert len(state.cache.frames) == 0 and len(state.scores) <= 3 and len(state.hotstart.objects) <= 3
 
 
