@@ -236,6 +236,19 @@ def test_ctrl_c_while_writing_keeps_what_waits(run, tmp_path, monkeypatch) -> No
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_while_files_are_finished_breaks_none(run, clip, tmp_path, monkeypatch) -> None:
+    original = BackgroundWriter.close
+
+    def interrupted(self, stopped_by=None):
+        signal.raise_signal(signal.SIGINT)
+        original(self, stopped_by)
+
+    monkeypatch.setattr(BackgroundWriter, "close", interrupted)
+    code, _, _, tracks = run(clip, "--point", "20,30", "--max-frames", "2")
+    assert code == 0 and len(tracks["frames"]) == 3 and tracks["stopped_by"] is None
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_a_second_ctrl_c_ends_at_once(run, clip, tmp_path, monkeypatch) -> None:
     def interrupted(self, frame):
         signal.raise_signal(signal.SIGINT)

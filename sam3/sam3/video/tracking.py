@@ -251,20 +251,20 @@ def track_video(
     """
     run, begin = TrackRun(), time.perf_counter()
     stopped_by: str | None = "error"
-    try:
-        bar = tqdm(total=tracker.num_steps, unit=" frames", bar_format=_BAR, disable=not show_progress)
-        with _stopping(frames), bar:
-            for tracked in tracker(bar.update):
-                pixels, time_s = frames.to_draw_on(tracked.frame_idx), frames.time_s(tracked.frame_idx)
-                writer.add(TrackedFrame(tracked.frame_idx, time_s, pixels, *tracked[1:]))
-                run.num_frames += 1
-        stopped_by = None
-    except VideoDecodeError as error:
-        run.failure = stopped_by = str(error)
-    except KeyboardInterrupt:
-        run.is_interrupted, stopped_by = True, "interrupted"
-    finally:
-        writer.close(stopped_by)
+    with _stopping(frames):
+        try:
+            with tqdm(total=tracker.num_steps, unit=" frames", bar_format=_BAR, disable=not show_progress) as bar:
+                for tracked in tracker(bar.update):
+                    pixels, time_s = frames.to_draw_on(tracked.frame_idx), frames.time_s(tracked.frame_idx)
+                    writer.add(TrackedFrame(tracked.frame_idx, time_s, pixels, *tracked[1:]))
+                    run.num_frames += 1
+            stopped_by = None
+        except VideoDecodeError as error:
+            run.failure = stopped_by = str(error)
+        except KeyboardInterrupt:
+            run.is_interrupted, stopped_by = True, "interrupted"
+        finally:
+            writer.close(stopped_by)
     run.seconds = time.perf_counter() - begin
     return run
 
