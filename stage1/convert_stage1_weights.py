@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX
+from sam3_train.config import add_merge_args
 from sam3_train.errors import run_cli
 
 
@@ -30,19 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help="of all floating-point weights"
     )
     parser.add_argument("--fuse", action="store_true", help="fold BatchNorm and parallel branches for deployment")
-    parser.add_argument(
-        "--use-ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the averaged weights; default: if the checkpoint has them",
-    )
-    parser.add_argument(
-        "--allow-other-teacher",
-        action="store_true",
-        help="only warn if the student learned from another trunk than that of --sam3-ckpt",
-    )
-    parser.add_argument("--image", metavar="FILE", help="photo for the final check; default: a generated one")
-    return parser
+    return add_merge_args(parser, "of --sam3-ckpt")
 
 
 def _convert(argv: list[str] | None) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from sam3_train.config import apply_flags, load_config, set_key, write_run_record
+from sam3_train.config import apply_flags, load_config, write_run_record
 from sam3_train.distributed import RunContext
 from sam3_train.errors import attempt, require_no_problems
 from sam3_train.loop import fit_many
@@ -42,15 +42,6 @@ def read_configs(args: argparse.Namespace) -> tuple[list[CfgNode], list[Path]]:
     for cfg_file in args.cfg:
         cfg = load_config(get_defaults(), cfg_file, args.opts)
         apply_flags(cfg, args)
-        for flag, key in (
-            ("teacher_embed_path", "DISTILL.TEACHER_EMBED_PATH"),
-            ("accumulation_steps", "TRAIN.ACCUMULATION_STEPS"),
-            ("use_sync_bn", "TRAIN.USE_SYNC_BN"),
-            ("online_teacher", "DISTILL.ONLINE_TEACHER"),
-        ):
-            value = getattr(args, flag)
-            if value not in (None, False):
-                set_key(cfg, key, value, "--" + flag.replace("_", "-"))
         cfg.MODEL.NAME = cfg.MODEL.NAME or Path(cfg_file).stem
         cfgs.append(cfg)
     return cfgs, _choose_outputs(cfgs, args.cfg)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from sam3_train.config import add_common_args
+from sam3_train.config import add_common_args, add_distillation_args
 from sam3_train.errors import run_cli
 
 
@@ -24,11 +24,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_common_args(parser)
     parser.add_argument("--cfg", action="append", required=True, metavar="FILE", help="YAML config; one per student")
-    parser.add_argument("--teacher-embed-path", metavar="DIR", help="DISTILL.TEACHER_EMBED_PATH: the export's store")
-    parser.add_argument("--accumulation-steps", type=int, metavar="N", help="TRAIN.ACCUMULATION_STEPS")
-    parser.add_argument("--use-sync-bn", action="store_true", help="TRAIN.USE_SYNC_BN: BatchNorm over all ranks")
-    parser.add_argument("--online-teacher", action="store_true", help="DISTILL.ONLINE_TEACHER: no store, slower")
-    return parser
+    return add_distillation_args(parser)
 
 
 def _train(argv: list[str] | None) -> int:

@@ -16,6 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from sam3_train.config import add_merge_args
 from sam3_train.errors import run_cli
 
 
@@ -29,19 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--output", metavar="FILE", help=".pt, .pth or .safetensors; default: the pretrained file's name + _geometry"
     )
-    parser.add_argument(
-        "--use-ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="take the averaged weights; default: if the checkpoint has them",
-    )
-    parser.add_argument(
-        "--allow-other-teacher",
-        action="store_true",
-        help="only warn if the student learned from another trunk than that which the merged file's heads belong to",
-    )
-    parser.add_argument("--image", metavar="FILE", help="photo for the final check; default: a generated one")
-    return parser
+    return add_merge_args(parser, "which the merged file's heads belong to")
 
 
 def _convert(argv: list[str] | None) -> int:

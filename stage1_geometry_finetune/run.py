@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from sam3.backbones import backbone_spec
 from sam3.hub import download_ckpt_from_hf
-from sam3_train.config import apply_flags, load_config, set_key, write_run_record
+from sam3_train.config import apply_flags, load_config, write_run_record
 from sam3_train.distillation_config import preprocess_config, teacher_config
 from sam3_train.distributed import RunContext
 from sam3_train.errors import UserError, attempt, require_no_problems
@@ -32,13 +32,6 @@ from stage1_geometry_finetune.task import GeometryTask
 
 MISSING_FILE = "missing_embeddings.txt"
 """Lists the images that the store has no embedding of: a run leaves them out, or does not start."""
-_FLAGS = {
-    "teacher_embed_path": "DISTILL.TEACHER_EMBED_PATH",
-    "sam3_checkpoint": "MODEL.SAM3_CHECKPOINT",
-    "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
-    "use_sync_bn": "TRAIN.USE_SYNC_BN",
-    "online_teacher": "DISTILL.ONLINE_TEACHER",
-}
 
 
 @dataclass(frozen=True)
@@ -105,10 +98,6 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     """
     cfg = load_config(get_defaults(), args.cfg, args.opts)
     apply_flags(cfg, args)
-    for flag, key in _FLAGS.items():
-        value = getattr(args, flag)
-        if value not in (None, False):
-            set_key(cfg, key, value, "--" + flag.replace("_", "-"))
     cfg.MODEL.NAME = cfg.MODEL.NAME or Path(args.cfg).stem
     cfg.OUTPUT = cfg.OUTPUT or f"output/stage1_geometry/{Path(args.cfg).stem}"
     return cfg

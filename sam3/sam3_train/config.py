@@ -139,6 +139,37 @@ def add_common_args(parser: argparse.ArgumentParser, cfg_required: bool = True) 
     return parser
 
 
+def add_distillation_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of stages that train a student on a teacher's embeddings; `apply_flags` writes them, too."""
+    parser.add_argument("--teacher-embed-path", metavar="DIR", help="DISTILL.TEACHER_EMBED_PATH: the export's store")
+    parser.add_argument("--accumulation-steps", type=int, metavar="N", help="TRAIN.ACCUMULATION_STEPS")
+    parser.add_argument("--use-sync-bn", action="store_true", help="TRAIN.USE_SYNC_BN: BatchNorm over all ranks")
+    parser.add_argument("--online-teacher", action="store_true", help="DISTILL.ONLINE_TEACHER: no store, slower")
+    return parser
+
+
+def add_merge_args(parser: argparse.ArgumentParser, teacher_of: str) -> argparse.ArgumentParser:
+    """Add the flags of commands that put a trained student into a whole model's file.
+
+    Args:
+        parser: Gets the flags.
+        teacher_of: Where the trunk is described that the student should have learned from, for the help.
+    """
+    parser.add_argument(
+        "--use-ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the averaged weights; default: if the checkpoint has them",
+    )
+    parser.add_argument(
+        "--allow-other-teacher",
+        action="store_true",
+        help=f"only warn if the student learned from another trunk than that {teacher_of}",
+    )
+    parser.add_argument("--image", metavar="FILE", help="photo for the final check; default: a generated one")
+    return parser
+
+
 _FLAG_KEYS = {
     "data_path": "DATA.DATA_PATH",
     "output": "OUTPUT",
@@ -147,18 +178,23 @@ _FLAG_KEYS = {
     "pretrained": "MODEL.PRETRAINED",
     "seed": "SEED",
     "max_steps": "TRAIN.MAX_STEPS",
+    "sam3_checkpoint": "MODEL.SAM3_CHECKPOINT",
+    "teacher_embed_path": "DISTILL.TEACHER_EMBED_PATH",
+    "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
+    "use_sync_bn": "TRAIN.USE_SYNC_BN",
+    "online_teacher": "DISTILL.ONLINE_TEACHER",
 }
 
 
 def apply_flags(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Write the flags of `add_common_args` that were given into the config.
+    """Write the flags of `add_common_args` and `add_distillation_args` that were given into the config.
 
     Raises:
         UserError: If a given flag's key does not exist in this config.
     """
     for flag, key in _FLAG_KEYS.items():
         value = getattr(args, flag, None)
-        if value is not None:
+        if value is not None and value is not False:
             set_key(cfg, key, value, "--" + flag.replace("_", "-"))
 
 
