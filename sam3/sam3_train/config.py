@@ -179,6 +179,7 @@ _FLAG_KEYS = {
     "seed": "SEED",
     "max_steps": "TRAIN.MAX_STEPS",
     "sam3_checkpoint": "MODEL.SAM3_CHECKPOINT",
+    "subset_fraction": "DATA.SUBSET_FRACTION",
     "teacher_embed_path": "DISTILL.TEACHER_EMBED_PATH",
     "accumulation_steps": "TRAIN.ACCUMULATION_STEPS",
     "use_sync_bn": "TRAIN.USE_SYNC_BN",

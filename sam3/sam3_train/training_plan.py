@@ -112,26 +112,53 @@ def check_resume(
     Raises:
         UserError: If there is a run that cannot be continued.
     """
-    cfg = cfgs[0]
-    found: list[tuple[Path, dict[str, Any]]] = []
-    if cfg.MODEL.RESUME:
-        found = [(Path(cfg.MODEL.RESUME), load_checkpoint(cfg.MODEL.RESUME))]
-    elif all(output.is_dir() for output in outputs):
-        managers = [CheckpointManager(output, warn=lambda line: None) for output in outputs]
-        found = load_common(managers) or []
     problems = []
-    for (path, state), cfg, model in zip(found, cfgs, models, strict=False):
+    for (path, state), cfg, model in zip(resume_states(cfgs[0], outputs), cfgs, models, strict=False):
         # An online teacher is not loaded yet; the loop compares it when it is.
         online = state.get("identity", {}).get("teacher", {})
         teacher = online if data.store is None else data.store.spec.teacher
         identity = run_identity(model, data.preprocess, data.train, teacher, **(more_identity or {}))
-        layout = BatchLayout(cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS, world_size)
-        order = {"num_samples": len(data.train), "seed": cfg.SEED, "shuffle": True}
-        listed = resume_problems(identity, state, layout, order)
-        if not cfg.TRAIN.AUTO_RESUME and not cfg.MODEL.RESUME:
-            listed = ["TRAIN.AUTO_RESUME is off"]
-        problems += [f"{path} belongs to another run: {problem}" for problem in listed]
-    return [f"{problem} (choose another --output, or restore the settings)" for problem in problems]
+        problems += resume_refusals(path, state, cfg, identity, len(data.train), world_size)
+    return problems
+
+
+def resume_states(cfg: CfgNode, outputs: list[Path]) -> list[tuple[Path, dict[str, Any]]]:
+    """The checkpoints that a run would continue from, one for each folder; none for a new run.
+
+    Args:
+        cfg: Settings, of which ``MODEL.RESUME`` is read.
+        outputs: Run folders.
+
+    Raises:
+        UserError: If there is a run that cannot be continued.
+    """
+    if cfg.MODEL.RESUME:
+        return [(Path(cfg.MODEL.RESUME), load_checkpoint(cfg.MODEL.RESUME))]
+    if not all(output.is_dir() for output in outputs):
+        return []
+    return load_common([CheckpointManager(output, warn=lambda line: None) for output in outputs]) or []
+
+
+def resume_refusals(
+    path: Path, state: dict[str, Any], cfg: CfgNode, identity: dict[str, Any], num_samples: int, world_size: int
+) -> list[str]:
+    """What speaks against continuing from a checkpoint.
+
+    Args:
+        path: The checkpoint.
+        state: Its content.
+        cfg: The settings of the run.
+        identity: What must be the same.
+        num_samples: Of an epoch, as the sampler counts them.
+        world_size: Processes of this run.
+    """
+    layout = BatchLayout(cfg.DATA.BATCH_SIZE, cfg.TRAIN.ACCUMULATION_STEPS, world_size)
+    listed = resume_problems(identity, state, layout, {"num_samples": num_samples, "seed": cfg.SEED, "shuffle": True})
+    if not cfg.TRAIN.AUTO_RESUME and not cfg.MODEL.RESUME:
+        listed = ["TRAIN.AUTO_RESUME is off"]
+    return [
+        f"{path} belongs to another run: {each} (choose another --output, or restore the settings)" for each in listed
+    ]
 
 
 def resumes(cfg: CfgNode, output: Path) -> bool:
@@ -179,8 +206,6 @@ def build_plan(
         state * (2 if train.EMA_DECAY else 1) + 2 * trained
         for state, trained in zip(state_sizes, parameters, strict=True)
     )
-    # The last ones, the best one, every n-th, and one that is being written.
-    kept = max(2, train.KEEP_LAST) + 2 + (train.EPOCHS // train.KEEP_EVERY if train.KEEP_EVERY else 0)
     return TrainingPlan(
         names=[c.MODEL.NAME for c in cfgs],
         parameters=parameters,
@@ -198,8 +223,13 @@ def build_plan(
         schedule=schedule,
         warning=lr_warning(schedule, train.OPTIMIZER.NAME, train.LR_SCALING),
         checkpoint_bytes=checkpoint_bytes,
-        disk_bytes=checkpoint_bytes * kept,
+        disk_bytes=checkpoint_bytes * num_kept_checkpoints(train),
     )
+
+
+def num_kept_checkpoints(train: CfgNode) -> int:
+    """The last ones, the best one, every n-th, and one that is being written."""
+    return max(2, train.KEEP_LAST) + 2 + (train.EPOCHS // train.KEEP_EVERY if train.KEEP_EVERY else 0)
 
 
 def _describe_source(cfg: CfgNode, data: TrainingData) -> str:

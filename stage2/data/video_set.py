@@ -32,7 +32,7 @@ class VideoSettings:
     subset_seed: int = 0
     """Another seed chooses another subset."""
     val_fraction: float = DEFAULT_VAL_FRACTION
-    """Share of the videos held out, by hash of their names, where the data set has no list of its own."""
+    """Share of the videos held out, by hash of their names, where the data set has no list of its own; 1: all."""
     on_bad: str = "skip"
     """``skip`` leaves bad videos out, up to ``max_bad_fraction``; ``fail`` ends the run at the first."""
     max_bad_fraction: float = 0.01
@@ -51,9 +51,10 @@ class VideoSettings:
                 found.append(f"{name} {value!r} is not one of {', '.join(known)}")
         if not 0.0 < self.subset_fraction <= 1.0:
             found.append(f"subset_fraction {self.subset_fraction} is not in (0, 1]")
-        for name in ("val_fraction", "max_bad_fraction"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                found.append(f"{name} {getattr(self, name)} is not in [0, 1)")
+        if not 0.0 <= self.val_fraction <= 1.0:
+            found.append(f"val_fraction {self.val_fraction} is not in [0, 1]")
+        if not 0.0 <= self.max_bad_fraction < 1.0:
+            found.append(f"max_bad_fraction {self.max_bad_fraction} is not in [0, 1)")
         return found
 
 

@@ -145,7 +145,7 @@ def test_videos_whose_objects_are_all_too_small_are_left_out(many: Path, tmp_pat
 
 def test_all_impossible_settings_are_said_at_once(tmp_path: Path) -> None:
     settings = VideoSettings(
-        str(tmp_path), "film", "some", subset_fraction=0.0, val_fraction=1.0, on_bad="ignore", max_bad_fraction=-1.0
+        str(tmp_path), "film", "some", subset_fraction=0.0, val_fraction=1.5, on_bad="ignore", max_bad_fraction=-1.0
     )
     with pytest.raises(UserError) as caught:
         open_video_set(settings, "test")
@@ -153,7 +153,7 @@ def test_all_impossible_settings_are_said_at_once(tmp_path: Path) -> None:
         "film",
         "some",
         "subset_fraction 0.0",
-        "val_fraction 1.0",
+        "val_fraction 1.5",
         "ignore",
         "max_bad_fraction -1.0",
         "'test'",

@@ -1,0 +1,124 @@
+"""What a run is about to do, as a person reads it before it starts."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from yacs.config import CfgNode
+
+from sam3.efficient_keys import OWN_PREFIXES
+from sam3_train.distributed import RunContext
+from sam3_train.schedule import Schedule, build_schedule, lr_warning
+from sam3_train.training_plan import FLOAT_BYTES, num_kept_checkpoints
+from stage2.preflight import BaseFile
+from stage2.settings import curriculum, distill_weights, loss_weights, prompting
+from stage2.trained_memory import tracker_on_meta
+from stage2.training_clips import TrainingClips, clip_sampler
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Counts of a run."""
+
+    num_trained: int
+    """Trained values."""
+    num_tokens: int
+    """That are stored of a frame."""
+    num_dense: int
+    """That SAM 3's own memory stores."""
+    steps_per_epoch: int
+    num_steps: int
+    global_batch: int
+    schedule: Schedule
+    warning: str | None
+    disk_bytes: int
+    """Of all checkpoints that stay on disk, and the one being written."""
+
+
+def build_plan(cfg: CfgNode, base: BaseFile, clips: TrainingClips, run: RunContext) -> MemoryPlan:
+    """Count what a run will do.
+
+    Raises:
+        UserError: If a setting of the schedule is impossible.
+    """
+    train, memory = cfg.TRAIN, base.model.efficient_memory
+    assert memory is not None
+    sampler = clip_sampler(cfg, clips, run.rank, run.world_size)
+    steps_per_epoch = math.ceil(len(sampler) // cfg.DATA.BATCH_SIZE / max(1, train.ACCUMULATION_STEPS))
+    global_batch = cfg.DATA.BATCH_SIZE * run.world_size * train.ACCUMULATION_STEPS
+    schedule = build_schedule(train, steps_per_epoch, global_batch)
+    num_steps = train.EPOCHS * steps_per_epoch
+    state = tracker_on_meta(base.model).state_dict()
+    trained = sum(value.numel() for name, value in state.items() if name.startswith(OWN_PREFIXES))
+    checkpoint_bytes = FLOAT_BYTES * trained * (4 if train.EMA_DECAY else 3)
+    final_bytes = FLOAT_BYTES * sum(value.numel() for value in state.values())
+    dense = base.model.grid_size**2
+    return MemoryPlan(
+        num_trained=trained,
+        num_tokens=memory.num_tokens or dense,
+        num_dense=dense,
+        steps_per_epoch=steps_per_epoch,
+        num_steps=min(num_steps, train.MAX_STEPS) if train.MAX_STEPS else num_steps,
+        global_batch=global_batch,
+        schedule=schedule,
+        warning=lr_warning(schedule, train.OPTIMIZER.NAME, train.LR_SCALING),
+        disk_bytes=checkpoint_bytes * num_kept_checkpoints(train) + final_bytes,
+    )
+
+
+def plan_lines(
+    cfg: CfgNode, output: Path, base: BaseFile, clips: TrainingClips, plan: MemoryPlan, run: RunContext
+) -> list[str]:
+    """The plan as a person reads it."""
+    lr = plan.schedule
+    return [
+        f"memory    {cfg.MODEL.NAME}: {plan.num_tokens} tokens of a frame instead of {plan.num_dense} "
+        f"({plan.num_dense / plan.num_tokens:.0f}x), {plan.num_trained / 1e6:.2f} M parameters, {output}",
+        f"start     {cfg.MODEL.PRETRAINED or base.path}, backbone {base.backbone}"
+        + (f" of {base.path}" if cfg.MODEL.PRETRAINED else ""),
+        *_clip_lines(cfg, clips),
+        *_learning_lines(cfg),
+        f"batch     {plan.global_batch} clips per step: {cfg.DATA.BATCH_SIZE} x {cfg.TRAIN.ACCUMULATION_STEPS} "
+        f"accumulated x {run.world_size} processes on {run.device.type}",
+        f"steps     {plan.num_steps:,} ({cfg.TRAIN.EPOCHS} epochs of {plan.steps_per_epoch:,})",
+        f"rate      {lr.warmup_lr:.2e} to {lr.base_lr:.2e} in {lr.warmup_steps:,} steps, {lr.name} to {lr.min_lr:.2e}",
+        *([f"warning: {plan.warning}"] if plan.warning else []),
+        f"disk      {plan.disk_bytes / 1e6:.1f} MB of checkpoints",
+    ]
+
+
+def _clip_lines(cfg: CfgNode, clips: TrainingClips) -> list[str]:
+    lengths = [f"{length} frames" + (f" from epoch {first}" if first else "") for first, length in curriculum(cfg)]
+    held_out = f"{len(clips.val):,} held out" if clips.val is not None else "no validation"
+    images = ""
+    if clips.images is not None:
+        images = f"; {len(clips.images):,} images in {100 * cfg.DATA.IMAGE_SHARE:.0f}% of the batches"
+    share = f" ({cfg.DATA.SUBSET_FRACTION:g} of the data set)" if cfg.DATA.SUBSET_FRACTION < 1 else ""
+    features = "computed in every step"
+    if cfg.DATA.FEATURE_CACHE:
+        features = f"cached in {cfg.DATA.FEATURE_CACHE}"
+    return [
+        f"videos    {len(clips.train):,} train{share}, {held_out}{images}",
+        f"clips     {', '.join(lengths)}, up to {cfg.CLIPS.MAX_OBJECTS} objects",
+        f"features  {features}",
+    ]
+
+
+def _learning_lines(cfg: CfgNode) -> list[str]:
+    prompts, losses, distill = prompting(cfg), vars(loss_weights(cfg)), vars(distill_weights(cfg))
+    click_share = 1.0 - prompts.mask_share - prompts.box_share
+    taught = " + ".join(f"{weight:g} {name}" for name, weight in distill.items() if weight)
+    return [
+        f"prompts   mask : box : click = {prompts.mask_share:g} : {prompts.box_share:g} : {click_share:g} on "
+        f"{_range(prompts.num_prompted)} frames, {prompts.clicks_per_frame} corrections on "
+        f"{_range(prompts.num_corrected)} frames",
+        "loss      " + " + ".join(f"{weight:g} {name}" for name, weight in losses.items() if weight),
+        *([f"teacher   the full memory: {taught}"] if taught else []),
+    ]
+
+
+def _range(least_most: tuple[int, int]) -> str:
+    least, most = least_most
+    return f"{least}" if least == most else f"{least} to {most}"

@@ -1,0 +1,247 @@
+"""A training of the memory from its flags to its end: settings, preflight, plan, training, the final file."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from yacs.config import CfgNode
+
+from sam3.checkpoint_io import sha256_file
+from sam3.model.efficient_sam3_model_builder import build_efficient_sam3_train, save_efficient_sam3_checkpoint
+from sam3.model.efficient_sam3_train import EfficientSam3Train
+from sam3.model.sam3_tracker import Sam3Tracker
+from sam3_train.checkpoint import CheckpointManager, load_common, load_strict
+from sam3_train.config import apply_flags, config_to_dict, load_config, write_run_record
+from sam3_train.data.epoch_loader import EpochLoader
+from sam3_train.distributed import RunContext, broadcast_object
+from sam3_train.errors import UserError, attempt, require_no_problems
+from sam3_train.learner import Member
+from sam3_train.loop import fit_many
+from sam3_train.precision import pick_dtype
+from sam3_train.rng import seed_everything
+from sam3_train.run_lock import RunLock
+from sam3_train.task import to_device
+from sam3_train.training_data import check_disk
+from sam3_train.training_plan import resume_refusals, resume_states
+from stage2.base_file import frozen_sha256
+from stage2.config import get_defaults
+from stage2.data.clip_batch import collate_clips
+from stage2.distill import full_memory_teacher
+from stage2.plan import MemoryPlan, build_plan, plan_lines
+from stage2.preflight import BaseFile, check_settings, read_base
+from stage2.settings import task_options
+from stage2.task import Stage2Task, measure_feature_scale
+from stage2.trained_memory import STAGE, read_trained_memory
+from stage2.training_clips import TrainingClips, build_loaders, clip_sampler, open_clips
+
+FINAL_NAME = "model_final.pth"
+"""The trained memory with the heads that it was trained with, its description and where it comes from."""
+_SCALE_CLIPS = 4
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """Settings that passed the preflight, and what it opened."""
+
+    cfg: CfgNode
+    output: Path
+    base: BaseFile
+    clips: TrainingClips
+    identity: dict[str, Any]
+    """What must stay the same for the run to be continued; in each of its checkpoints."""
+    plan: MemoryPlan
+    run: RunContext
+
+    def lines(self) -> list[str]:
+        """The plan as a person reads it."""
+        return plan_lines(self.cfg, self.output, self.base, self.clips, self.plan, self.run)
+
+
+def read_config(args: argparse.Namespace) -> CfgNode:
+    """The settings, flags applied.
+
+    Raises:
+        UserError: If a file, key or value is wrong.
+    """
+    cfg = load_config(get_defaults(), args.cfg, args.opts)
+    apply_flags(cfg, args)
+    cfg.MODEL.NAME = cfg.MODEL.NAME or Path(args.cfg).stem
+    cfg.OUTPUT = cfg.OUTPUT or f"output/stage2/{Path(args.cfg).stem}"
+    return cfg
+
+
+def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:
+    """Check everything that can be checked before computing. Collective.
+
+    Raises:
+        UserError: With all problems at once.
+    """
+    cfg = read_config(args)
+    output, problems = Path(cfg.OUTPUT), list[str]()
+    check_settings(cfg, problems, run.is_main)
+    base = attempt(problems, lambda: read_base(cfg))
+    clips = open_clips(cfg, problems)
+    if base is None or clips is None or problems:
+        require_no_problems(problems)
+        raise AssertionError("the preflight found no data or no checkpoint, and no problem")
+    identity = _identity(base, clips, cfg)
+    if run.is_main:  # rank 0 alone reads checkpoints, the others may lack them
+        problems += attempt(problems, lambda: _check_resume(cfg, identity, clips, output, run.world_size)) or []
+        if cfg.MODEL.PRETRAINED:
+            attempt(problems, lambda: _require_same_memory(cfg, base))
+    plan = attempt(problems, lambda: build_plan(cfg, base, clips, run))
+    if plan is not None:
+        check_disk(output, plan.disk_bytes, "the checkpoints", problems)
+    require_no_problems(problems)
+    assert plan is not None
+    return PreparedRun(cfg, output, base, clips, identity, plan, run)
+
+
+def _identity(base: BaseFile, clips: TrainingClips, cfg: CfgNode) -> dict[str, Any]:
+    # Hashed once: the released file has 3.4 GB, and the ranks of a node would read it all at the same time.
+    frozen = broadcast_object(frozen_sha256(base.recognised))
+    return {
+        "stage": STAGE,
+        "model": base.model.to_dict(),
+        "preprocess": base.preprocess.to_dict(),
+        "frozen_sha256": frozen,
+        **clips.identity(),
+    }
+
+
+def _check_resume(
+    cfg: CfgNode, identity: dict[str, Any], clips: TrainingClips, output: Path, world_size: int
+) -> list[str]:
+    num_samples = clip_sampler(cfg, clips, 0, world_size).num_samples
+    return [
+        problem
+        for path, state in resume_states(cfg, [output])
+        for problem in resume_refusals(path, state, cfg, identity, num_samples, world_size)
+    ]
+
+
+def _require_same_memory(cfg: CfgNode, base: BaseFile) -> None:
+    path = Path(cfg.MODEL.PRETRAINED)
+    theirs, ours = read_trained_memory(path).model.efficient_memory, base.model.efficient_memory
+    if theirs != ours:
+        raise UserError(f"MODEL.PRETRAINED {path} holds another memory ({theirs}) than MODEL.MEMORY asks for ({ours})")
+
+
+def train(prepared: PreparedRun) -> None:
+    """Train a prepared run. Collective.
+
+    Raises:
+        UserError: If another run writes to its folder; nothing of that run is touched.
+    """
+    lock = RunLock(prepared.output) if prepared.run.is_main else None
+    try:
+        _train_locked(prepared)
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _train_locked(prepared: PreparedRun) -> None:
+    cfg, run, clips = prepared.cfg, prepared.run, prepared.clips
+    seed_everything(cfg.SEED)
+    model = build_model(prepared)
+    mask_side = 4 * prepared.base.model.grid_size
+    loaders = build_loaders(cfg, clips, prepared.base.preprocess, mask_side, run, prepared.output)
+    task = build_task(prepared, model, loaders[0])
+    resume = Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
+    member = Member(task, cfg, prepared.output, prepared.identity, resume)
+
+    def write_records() -> None:
+        if run.is_main:
+            facts = {
+                "identity": prepared.identity,
+                "start": start_record(prepared.base),
+                "world_size": run.world_size,
+                "num_train_videos": len(clips.train),
+                "num_val_videos": 0 if clips.val is None else len(clips.val),
+                "num_images": 0 if clips.images is None else len(clips.images),
+                "feature_scale": task.options.feature_scale,
+            }
+            write_run_record(prepared.output, cfg, facts)
+
+    fit_many([member], loaders[0], loaders[1], run, on_ready=write_records)
+    if run.is_main:
+        write_final(prepared, task)
+
+
+def build_model(prepared: PreparedRun) -> EfficientSam3Train:
+    """What is trained, with its start: that of ``MODEL.PRETRAINED``, else what of SAM 3's memory fits.
+
+    Raises:
+        CheckpointError: If the file lacks a part.
+    """
+    cfg, base = prepared.cfg, prepared.base
+    memory = base.model.efficient_memory
+    model = build_efficient_sam3_train(base.path, memory=memory, device=prepared.run.device)
+    # Rank 0's weights win; the others may not have the file.
+    if cfg.MODEL.PRETRAINED and prepared.run.is_main:
+        trained = read_trained_memory(Path(cfg.MODEL.PRETRAINED))
+        absent = [name for name in model.state_dict() if name not in trained.weights]
+        load_strict(model, trained.weights, str(trained.path), allow_missing=absent)
+    return model
+
+
+def build_task(prepared: PreparedRun, model: EfficientSam3Train, train_loader: EpochLoader) -> Stage2Task:
+    """The task, with a teacher where one is wanted."""
+    cfg, device = prepared.cfg, prepared.run.device
+    dtype = pick_dtype(cfg, device)
+    scale = cfg.FORWARD.FEATURE_SCALE or _measured_scale(cfg, model, train_loader, device)
+    options = task_options(cfg, None if dtype == torch.float32 else dtype, scale)
+    teacher: Sam3Tracker | None = None
+    if options.distill.is_on:
+        teacher = full_memory_teacher(prepared.base.path, device)
+    return Stage2Task(model, options, teacher)
+
+
+def _measured_scale(cfg: CfgNode, model: EfficientSam3Train, train_loader: EpochLoader, device: torch.device) -> float:
+    """On the first videos, the same on all ranks and when a run is continued."""
+    dataset: Any = train_loader.dataset
+    first = dataset.num_images  # positions of videos come behind those of images
+    batches = [to_device(collate_clips([dataset[first + i]]), device) for i in range(min(_SCALE_CLIPS, len(dataset)))]
+    failed = next((batch["error"] for batch in batches if "error" in batch), None)
+    if failed is not None:
+        raise UserError(failed)
+    return float(broadcast_object(measure_feature_scale(model, batches, cfg.FORWARD.FRAMES_AT_ONCE)))
+
+
+def start_record(base: BaseFile) -> dict[str, str]:
+    """Which file a memory was trained with."""
+    if not base.path.is_file():  # a folder of shards
+        return {"file": base.path.name}
+    return {"file": base.path.name, "sha256": sha256_file(base.path)}
+
+
+def write_final(prepared: PreparedRun, task: Stage2Task) -> Path:
+    """Write what the run's newest checkpoint holds, averaged weights if there are any, as the memory to use.
+
+    Returns:
+        The file.
+    """
+    found = load_common([CheckpointManager(prepared.output)])
+    assert found is not None, "a run that has ended has saved"
+    path, state = found[0]
+    is_ema = "ema" in state
+    task.load_saved_state(state["ema"] if is_ema else state["model"], str(path))
+    final = prepared.output / FINAL_NAME
+    save_efficient_sam3_checkpoint(
+        task.model,
+        final,
+        epoch=state["epoch"],
+        step=state["step"],
+        metrics=state["metrics"],
+        config=config_to_dict(prepared.cfg),
+        identity=prepared.identity,
+        start=start_record(prepared.base),
+        is_ema=is_ema,
+    )
+    print(f"wrote {final}: the memory after epoch {state['epoch']}, step {state['step']}", flush=True)
+    return final
