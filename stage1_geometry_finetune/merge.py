@@ -30,6 +30,7 @@ from sam3_train.merged_proof import (
     as_stored,
     file_problems,
     prove,
+    require_written,
     usage_lines,
     written_aside,
 )
@@ -129,7 +130,7 @@ def convert_files(request: ConvertRequest) -> ConvertResult:
     ]
     with written_aside(request.output) as aside:
         write_merged(aside, weights, _metadata(request, checkpoint, pretrained, model, report))
-        _verify(aside, weights, request)
+        require_written(aside, weights, request.output)
         student = ProvenStudent(trained, folded, _stored(folded, weights), checkpoint.preprocess)
         proof = prove(aside, student, request.output, request.image)
     return ConvertResult(request, len(checkpoint.weights), report, notes, proof)
@@ -216,27 +217,6 @@ def _require_representable(given: Mapping[str, Tensor], stored: Mapping[str, Ten
 def _stored(folded: StudentEncoder, weights: Mapping[str, Tensor]) -> StudentEncoder:
     dtypes = {k.removeprefix(STUDENT_PREFIX): v.dtype for k, v in weights.items() if k.startswith(STUDENT_PREFIX)}
     return as_stored(folded, student_from_published(dtypes, folded.student.backbone))
-
-
-def _verify(path: Path, weights: Mapping[str, Tensor], request: ConvertRequest) -> None:
-    """Read the new file and compare every tensor with what it should hold.
-
-    Raises:
-        UserError: If one differs.
-    """
-    written = read_checkpoint(path).state_dict
-    wrong = sorted(weights.keys() ^ written.keys()) or [
-        key for key, value in weights.items() if not _equal(value, written[key])
-    ]
-    if wrong:
-        raise UserError(
-            f"{request.output} was not written: {len(wrong)} keys would not be what they should, such as {wrong[0]}"
-        )
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    """The same type and numbers, where NaN equals NaN."""
-    return a.dtype == b.dtype and (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 def _origin_note(checkpoint: StudentCheckpoint, pretrained: Recognised) -> str:

@@ -28,7 +28,8 @@ SAFETENSORS_METADATA_KEY = "efficientsam3"
 INDEX_SUFFIX = ".safetensors.index.json"
 FOLDER_CONTENT = ("sam3.pt", "model.safetensors.index.json", "model.safetensors")
 """What is read of a folder: the first of these. ``sam3.pt`` holds more than Hugging Face's layout can."""
-_RECOMPUTED_SUFFIX = ".freqs_cis"
+TABLE_SUFFIX = ".freqs_cis"
+"""Rotary tables: complex, which safetensors cannot hold, and recomputed on loading."""
 # The Fourier matrix of point codes, under released and Hugging Face's names: rounding it turns every code by degrees.
 _NEVER_ROUNDED = (
     ".positional_encoding_gaussian_matrix",
@@ -276,7 +277,7 @@ def write_merged(
 
     def write(temporary: Path) -> None:
         if path.suffix == ".safetensors":
-            flat = {key: value for key, value in tensors.items() if not key.endswith(_RECOMPUTED_SUFFIX)}
+            flat = {key: value for key, value in tensors.items() if not key.endswith(TABLE_SUFFIX)}
             complex_keys = [key for key, value in flat.items() if value.is_complex()]
             if complex_keys:
                 raise CheckpointError(f"{path}: safetensors cannot hold the complex tensor {complex_keys[0]!r}")

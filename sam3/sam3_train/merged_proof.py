@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sam3.checkpoint_io import CheckpointError
+from sam3.checkpoint_io import TABLE_SUFFIX, CheckpointError, read_checkpoint
 from sam3.finite import NonFiniteError
 from sam3.loading import load_model
 from sam3.model.sam3_image import Sam3Image
@@ -70,31 +70,34 @@ class MergedProof:
         )
 
 
-def file_problems(output: Path, inputs: Mapping[str, Path], image: Path | None = None) -> list[str]:
+def file_problems(
+    output: Path, inputs: Mapping[str, Path], image: Path | None = None, flag: str = "--output"
+) -> list[str]:
     """What is wrong with the files that a merging command was given, one line each.
 
     Args:
         output: What it shall write.
         inputs: The flag of each file that it reads, and the file.
         image: The photo of ``--image``, if one was named.
+        flag: The flag of ``output``.
     """
     problems = []
     if output.suffix not in SUFFIXES:
-        problems.append(f"--output {output}: the name must end in one of {', '.join(SUFFIXES)}")
+        problems.append(f"{flag} {output}: the name must end in one of {', '.join(SUFFIXES)}")
     if output.is_dir():
-        problems.append(f"--output {output} is a folder; name a file in it")
-    for flag, path in inputs.items():
+        problems.append(f"{flag} {output} is a folder; name a file in it")
+    for name, path in inputs.items():
         if not path.is_file():
-            problems.append(f"{flag}: there is no file {path}")
+            problems.append(f"{name}: there is no file {path}")
         elif output.exists() and path.samefile(output):
-            problems.append(f"--output {output} is the {flag} itself; choose another name")
+            problems.append(f"{flag} {output} is the {name} itself; choose another name")
     if image is not None and not image.is_file():
         problems.append(f"--image: there is no file {image}")
     return problems
 
 
 @contextmanager
-def written_aside(output: Path) -> Iterator[Path]:
+def written_aside(output: Path, flag: str = "--output") -> Iterator[Path]:
     """A name beside ``output`` to write to and to prove; it takes the place of ``output`` if the block ends well.
 
     Raises:
@@ -106,9 +109,39 @@ def written_aside(output: Path) -> Iterator[Path]:
         yield aside
         os.replace(aside, output)
     except OSError as error:
-        raise UserError(f"cannot write {output}: {error}; free some space or choose another --output") from error
+        raise UserError(f"cannot write {output}: {error}; free some space or choose another {flag}") from error
     finally:
         aside.unlink(missing_ok=True)
+
+
+def require_written(path: Path, weights: Mapping[str, Tensor], output: Path) -> None:
+    """Read a new file and compare every tensor with what it should hold; NaN equals NaN.
+
+    A safetensors file holds no rotary tables.
+
+    Args:
+        path: The file, written aside.
+        weights: What it should hold.
+        output: What messages call it.
+
+    Raises:
+        UserError: If a key is missing, unexpected, or of another type or value.
+    """
+    written = read_checkpoint(path).state_dict
+    if path.suffix == ".safetensors":
+        weights = {key: value for key, value in weights.items() if not key.endswith(TABLE_SUFFIX)}
+    wrong = sorted(weights.keys() ^ written.keys()) or [
+        key for key, value in weights.items() if not _equal(value, written[key])
+    ]
+    if wrong:
+        raise UserError(
+            f"{output} was not written: {len(wrong)} keys would not be what they should, such as {wrong[0]}"
+        )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """The same type and numbers, where NaN equals NaN."""
+    return a.dtype == b.dtype and (torch.equal(a, b) or torch.allclose(a, b, rtol=0, atol=0, equal_nan=True))
 
 
 def usage_lines(output: Path) -> list[str]:
