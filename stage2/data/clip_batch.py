@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from sam3.model.tracker_memory import TrackerFeatures
 from sam3.preprocess import Preprocess
 
 
@@ -17,7 +18,8 @@ class Clip(NamedTuple):
 
     name: str
     pixels: Tensor
-    """uint8 (T, 3, S, S): resized as the model sees them, zeros in a letterbox's padding."""
+    """uint8 (T, 3, S, S): resized as the model sees them, zeros in a letterbox's padding; (T, 3, 0, 0) where
+    ``features`` take their place."""
     resized_hw: Tensor
     """int64 (2,): the part that is no padding."""
     coverage: Tensor
@@ -28,6 +30,8 @@ class Clip(NamedTuple):
     """int64 (K,): what the annotation calls the objects."""
     num_frames: int
     """Of the whole video."""
+    features: TrackerFeatures | None = None
+    """What the tracker reads of the frames, T rows, from a `stage2.feature_cache.FeatureCache`."""
 
 
 class ClipBatch(NamedTuple):
@@ -37,7 +41,7 @@ class ClipBatch(NamedTuple):
     """
 
     pixels: Tensor
-    """uint8 (C, T, 3, S, S)."""
+    """uint8 (C, T, 3, S, S), or (C, T, 3, 0, 0)."""
     resized_hw: Tensor
     """int64 (C, 2)."""
     coverage: Tensor
@@ -50,6 +54,8 @@ class ClipBatch(NamedTuple):
     """int64 (B,)."""
     num_frames: Tensor
     """int64 (C,): of the whole videos."""
+    features: TrackerFeatures | None = None
+    """Maps of (C, T, channels, height, width), in place of pixels."""
 
     @property
     def num_clips(self) -> int:
@@ -72,7 +78,12 @@ class ClipBatch(NamedTuple):
         Args:
             preprocess: That of the data set.
             frames: Some of the T frames; None: all.
+
+        Raises:
+            ValueError: If the batch holds features in place of pixels.
         """
+        if not self.pixels.numel():
+            raise ValueError("a batch of cached features has no images")
         chosen = self.pixels[:, frames or slice(None)]
         if preprocess.mode == "stretch":
             return preprocess.normalize(chosen)
@@ -88,11 +99,14 @@ def join_clips(clips: Sequence[Clip]) -> ClipBatch:
     """A batch of clips of one length.
 
     Raises:
-        ValueError: If lengths differ.
+        ValueError: If lengths differ, or some clips hold features and others pixels.
     """
     lengths = sorted({len(clip.pixels) for clip in clips})
     if len(lengths) != 1:
         raise ValueError(f"the clips of a batch must have one length, got {lengths}")
+    maps = [clip.features for clip in clips if clip.features is not None]
+    if len(maps) not in (0, len(clips)):
+        raise ValueError(f"{len(maps)} of the {len(clips)} clips of a batch hold features, the others pixels")
     owners = [torch.full((len(clip.object_ids),), i, dtype=torch.int64) for i, clip in enumerate(clips)]
     return ClipBatch(
         # Not torch.stack: in a worker this stacks right into the memory that it shares with the main process.
@@ -103,6 +117,7 @@ def join_clips(clips: Sequence[Clip]) -> ClipBatch:
         frame_numbers=torch.stack([clip.frame_numbers for clip in clips]),
         object_ids=torch.cat([clip.object_ids for clip in clips]),
         num_frames=torch.tensor([clip.num_frames for clip in clips], dtype=torch.int64),
+        features=TrackerFeatures(*map(default_collate, map(list, zip(*maps, strict=True)))) if maps else None,
     )
 
 

@@ -119,7 +119,7 @@ class ClipResult:
 
 
 def draw_plan(num_frames: int, prompting: ClipPrompting, generator: torch.Generator | None = None) -> ClipPlan:
-    """Choose prompts for a clip.
+    """Choose prompts for a clip. At least one frame of several is left to be tracked.
 
     Args:
         num_frames: Of the clip.
@@ -130,7 +130,7 @@ def draw_plan(num_frames: int, prompting: ClipPrompting, generator: torch.Genera
     by_share = ((prompting.mask_share, "mask"), (prompting.mask_share + prompting.box_share, "box"), (2.0, "click"))
     kind = next(name for limit, name in by_share if draw < limit)
     others = (torch.randperm(num_frames - 1, generator=generator) + 1).tolist()
-    num_prompted = _draw_count(prompting.num_prompted, num_frames, generator)
+    num_prompted = _draw_count(prompting.num_prompted, max(1, num_frames - 1), generator)
     prompted = (0, *others[: num_prompted - 1])
     num_corrected = _draw_count(prompting.num_corrected, num_frames, generator)
     if kind == "mask" or not prompting.clicks_per_frame:
