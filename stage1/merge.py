@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sam3.checkpoint_io import read_state_dict, sha256_file, write_merged
-from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX, student_to_published
+from sam3.checkpoint_io import CheckpointFile, read_checkpoint, sha256_file, write_merged
+from sam3.checkpoint_keys import EFFICIENT_PREFIX, STUDENT_PREFIX, TRUNK_PREFIX, student_to_published
 from sam3.checkpoint_merge import MergeError, MergeReport, merge_student, require_representable, shapes_of, with_dot
-from sam3.config import Sam3Config
+from sam3.config import EfficientMemoryConfig, Sam3Config
 from sam3.model.student_encoder import build_student, fuse_for_inference
 from sam3.model_builder import build_trunk
+from sam3.recognition import recognise
 from sam3.released_names import load_trunk, released_layout
 from sam3_train.checkpoint import state_dict_sha256
 from sam3_train.config import package_versions
@@ -29,6 +30,7 @@ from sam3_train.merged_proof import (
     ProvenStudent,
     as_stored,
     file_problems,
+    memory_notes,
     prove,
     usage_lines,
     written_aside,
@@ -61,14 +63,14 @@ class MergeResult:
     output: Path
     report: MergeReport
     proof: MergedProof
-    teacher_note: str
-    """Whether the student learned from this teacher, in one line."""
+    notes: list[str]
+    """Whether the student learned from this teacher, in one line; and warnings."""
 
     def lines(self) -> list[str]:
         """The report, ending with the lines of Python that use the file."""
         return [
             *self.report.lines(),
-            self.teacher_note,
+            *self.notes,
             self.proof.line(),
             *usage_lines(self.output),
         ]
@@ -92,11 +94,12 @@ def merge_files(request: MergeRequest) -> MergeResult:
         )
     trained = build_trained_student(checkpoint)
     folded = fuse_for_inference(trained) if request.fuse else trained
-    model = checkpoint.model.replace(student=folded.student)
     weights = student_to_published(folded.state_dict(), folded.student.backbone)
     dtype = DTYPES[request.dtype]
-    sam3, _ = read_state_dict(request.sam3_path)
-    released = released_layout(sam3, str(request.sam3_path))
+    sam3 = read_checkpoint(request.sam3_path)
+    memory = _compressed_memory(sam3)
+    model = checkpoint.model.replace(student=folded.student, efficient_memory=memory)
+    released = released_layout(sam3.state_dict, str(request.sam3_path))
     merged, report = splice(weights, released, model, request)
     teacher_trunk = trunk_sha256(released, model, request)
     remedy = "give --sam3-ckpt the file that the embeddings were exported with"
@@ -110,7 +113,14 @@ def merge_files(request: MergeRequest) -> MergeResult:
         stored = as_stored(folded, dict.fromkeys(folded.state_dict(), dtype))
         student = ProvenStudent(trained, folded, stored, checkpoint.preprocess)
         proof = prove(aside, student, request.output, request.image)
-    return MergeResult(request.output, report, proof, teacher_note)
+    return MergeResult(request.output, report, proof, [teacher_note, *memory_notes(request.sam3_path, memory)])
+
+
+def _compressed_memory(sam3: CheckpointFile) -> EfficientMemoryConfig | None:
+    """The compressed memory that stage 2 trained in front of SAM 3's own trunk, if the file holds one."""
+    if not any(EFFICIENT_PREFIX in key for key in sam3.state_dict):
+        return None
+    return recognise(sam3).efficient_memory
 
 
 def _check_request(request: MergeRequest) -> None:

@@ -29,6 +29,7 @@ from sam3_train.merged_proof import (
     ProvenStudent,
     as_stored,
     file_problems,
+    memory_notes,
     prove,
     require_written,
     usage_lines,
@@ -119,7 +120,7 @@ def convert_files(request: ConvertRequest) -> ConvertResult:
     inside = _require_pair(checkpoint, pretrained)
     trained = build_trained_student(checkpoint)
     folded = fuse_for_inference(trained) if inside.fused else trained
-    model = checkpoint.model.replace(student=folded.student)
+    model = checkpoint.model.replace(student=folded.student, efficient_memory=pretrained.efficient_memory)
     weights, report = _replace(checkpoint, folded, model, pretrained)
     _require_own_rest(checkpoint, pretrained, report)
     trunk = _provenance(pretrained).get("teacher_trunk_sha256")
@@ -127,6 +128,7 @@ def convert_files(request: ConvertRequest) -> ConvertResult:
     notes = [
         check_teacher(checkpoint, trunk, request.pretrained_path, remedy, request.allow_other_teacher),
         _origin_note(checkpoint, pretrained),
+        *memory_notes(request.pretrained_path, pretrained.efficient_memory),
     ]
     with written_aside(request.output) as aside:
         write_merged(aside, weights, _metadata(request, checkpoint, pretrained, model, report))

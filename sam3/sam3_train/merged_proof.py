@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from sam3.checkpoint_io import TABLE_SUFFIX, CheckpointError, read_checkpoint
+from sam3.config import EfficientMemoryConfig
 from sam3.finite import NonFiniteError
 from sam3.loading import load_model
 from sam3.model.sam3_image import Sam3Image
@@ -155,6 +156,21 @@ def usage_lines(output: Path) -> list[str]:
         "    predictor = model.inst_interactive_predictor",
         '    predictor.set_image(Image.open("photo.jpg"))',
         "    masks, ious, _ = predictor.predict(box=np.array([100, 150, 420, 380]), multimask_output=False)",
+    ]
+
+
+def memory_notes(path: Path, memory: EfficientMemoryConfig | None) -> list[str]:
+    """What to say where a file whose trunk is replaced holds a compressed memory, which is kept.
+
+    Args:
+        path: The file.
+        memory: The memory that it holds, or None.
+    """
+    if memory is None:
+        return []
+    return [
+        f"warning: the compressed memory of {path} is kept, but it was trained behind the trunk that was replaced: "
+        'train it again (stage2/train_memory_stage2.py), or track with load_model(..., memory="full")'
     ]
 
 

@@ -136,7 +136,7 @@ def build_trained_student(checkpoint: StudentCheckpoint) -> StudentEncoder:
 def require_same_student(
     found: Sam3Config, wanted: Sam3Config, where: str, wanting: str, remedy: str
 ) -> tuple[StudentConfig, StudentConfig]:
-    """Check that a file holds the student that is wanted, folded or not, in the same model.
+    """Check that a file holds the student that is wanted, folded or not, in the same model, with any kind of memory.
 
     Args:
         found: What the file holds.
@@ -158,7 +158,8 @@ def require_same_student(
         raise UserError(f"{where} holds SAM 3's own trunk and no student: {remedy}")
     if (theirs.backbone, theirs.fuse_stride16) != (ours.backbone, ours.fuse_stride16):
         raise UserError(f"{where} holds the student {_describe(theirs)}, but {wanting} {_describe(ours)}: {remedy}")
-    if found.replace(student=None) != wanted.replace(student=None):
+    rest, wanted_rest = (config.replace(student=None, efficient_memory=None) for config in (found, wanted))
+    if rest != wanted_rest:
         raise UserError(
             f"{where} belongs to the model {found.name!r} at {found.image_size_px} px, but {wanting} {wanted.name!r} "
             f"at {wanted.image_size_px} px, or their sizes differ: {remedy}"

@@ -13,9 +13,11 @@ from PIL import Image
 from stage1_world import TINY, Stage1World, make_random_teacher
 
 import sam3
-from sam3.checkpoint_io import read_state_dict, sha256_file
+from sam3.checkpoint_io import read_state_dict, sha256_file, write_merged
 from sam3.checkpoint_keys import STUDENT_PREFIX, TRUNK_PREFIX
 from sam3.config import StudentConfig
+from sam3.efficient_keys import own_weights, tracker_to_released
+from sam3.model.efficient_sam3_tracker import EfficientSam3Tracker
 from sam3.model.student_encoder import build_student
 from sam3.model_builder import build_sam3_trunk
 from sam3.preprocess import Preprocess
@@ -128,6 +130,21 @@ def test_the_metadata_say_where_it_came_from(world, run, tmp_path):
     assert provenance["is_ema"] is True
     assert provenance["metrics"]["loss"] == pytest.approx(state["best"]["value"])
     assert provenance["config"]["MODEL"]["BACKBONE"] == "demo_cnn"
+
+
+def test_a_compressed_memory_is_kept_and_called_stale(world, run, tmp_path, capfd):
+    """Stage 2 trained it behind the trunk that goes."""
+    weights, _ = read_state_dict(world.teacher)
+    tracker = EfficientSam3Tracker(TINY.with_efficient_memory()).state_dict()
+    own = own_weights(tracker)
+    write_merged(
+        tmp_path / "sam3.pt", tracker_to_released(tracker) | weights, {"model": TINY.with_efficient_memory().to_dict()}
+    )
+    assert convert(run / "best.pth", tmp_path / "sam3.pt", tmp_path / "merged.pt") == 0
+    assert f"the compressed memory of {tmp_path / 'sam3.pt'} is kept" in capfd.readouterr().out
+    merged, metadata = read_state_dict(tmp_path / "merged.pt")
+    assert all(torch.equal(merged[key], value) for key, value in own.items())
+    assert metadata["model"]["efficient_memory"] == TINY.with_efficient_memory().to_dict()["efficient_memory"]
 
 
 def test_live_or_averaged_weights_can_be_chosen(world, run, tmp_path):

@@ -24,10 +24,13 @@ from students import RELEASED, meta_student
 from torch import Tensor
 
 from sam3 import Sam3Config
-from sam3.checkpoint_io import read_state_dict, sha256_file
+from sam3.checkpoint_io import read_state_dict, sha256_file, write_merged
 from sam3.checkpoint_keys import STUDENT_PREFIX, student_to_published
 from sam3.checkpoint_merge import MergeError, replace_weights, shapes_of
 from sam3.config import StudentConfig
+from sam3.efficient_keys import own_weights
+from sam3.loading import load_model
+from sam3.model.efficient_sam3_tracker import EfficientSam3Tracker
 from sam3.model.student_encoder import fuse_for_inference
 from sam3.model_builder import assemble_image_model
 from sam3.preprocess import Preprocess
@@ -35,6 +38,7 @@ from sam3.released_names import released_state_dict
 from sam3_train.checkpoint import load_checkpoint
 from sam3_train.merged_proof import MergedProof, as_stored
 from stage1_geometry_finetune.convert_geometry_finetune import main
+from stage1_geometry_finetune.frozen_heads import FrozenHeads
 from stage1_geometry_finetune.merge import ConvertRequest, ConvertResult
 
 
@@ -201,3 +205,20 @@ def test_another_student_never_fits_by_accident(released_rest):
     assert ours.keys() == theirs.keys()
     with pytest.raises(MergeError, match=r"the student in the merged file .* shapes differ"):
         replace_weights(ours, {}, merged, shapes_of(ours))
+
+
+def test_a_compressed_memory_is_kept_and_called_stale(pretrained, finetuned, tmp_path, capfd):
+    """Stage 2 trained it behind the student that is replaced."""
+    weights, metadata = read_state_dict(pretrained)
+    config = Sam3Config.from_dict(metadata["model"]).with_efficient_memory()
+    own = own_weights(EfficientSam3Tracker(config).state_dict())
+    with_memory = tmp_path / "with_memory.pt"
+    write_merged(with_memory, weights | own, metadata | {"model": config.to_dict()})
+    assert convert(finetuned, with_memory, tmp_path / "new.pt") == 0
+    assert "the compressed memory of" in capfd.readouterr().out
+    new, record = read_state_dict(tmp_path / "new.pt")
+    assert all(torch.equal(new[key], value) for key, value in own.items())
+    assert Sam3Config.from_dict(record["model"]) == config
+    assert isinstance(load_model(tmp_path / "new.pt", "cpu").tracker, EfficientSam3Tracker)
+    heads = FrozenHeads.from_checkpoint(with_memory, TINY, torch.device("cpu"), detector=False, sam=True)
+    assert torch.equal(heads.model.heads.no_mem_embed, weights["tracker.no_mem_embed"])
