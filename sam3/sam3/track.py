@@ -76,6 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-frames", type=int, metavar="N", help="at most N frames beyond the first, each way")
     parser.add_argument("--save", nargs="+", choices=_RESULTS, default=_RESULTS, help="which results (default: all)")
     parser.add_argument("--fps", type=float, help="of the overlay of a folder of pictures (default 24)")
+    parser.add_argument(
+        "--memory",
+        choices=("efficient", "full"),
+        help="of a file with two: the compressed one (default) or SAM 3's own",
+    )
     parser.add_argument("--decoder", choices=("decord", "av"), help="default: decord where it can be relied on")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: cuda where there is one, else cpu)")
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="of the weights and the computation")
@@ -131,7 +136,7 @@ def track(argv: list[str] | None = None) -> int:
         from sam3.loading import load_model
         from sam3.video.tracking import track_video
 
-        model = load_model(args.checkpoint, device=device, dtype=getattr(torch, args.dtype))
+        model = load_model(args.checkpoint, device=device, dtype=getattr(torch, args.dtype), memory=args.memory)
         tracker = _build_tracker(model, frames, prompts, args)
         try:
             for path in earlier:

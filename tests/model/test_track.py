@@ -16,8 +16,11 @@ from PIL import Image
 from video_clips import frame_pixels, write_video
 
 import sam3
+from sam3.checkpoint_io import write_merged
 from sam3.coco_rle import decode_mask
 from sam3.drawing import index_image
+from sam3.efficient_keys import own_weights
+from sam3.model.efficient_sam3_tracker import EfficientSam3Tracker
 from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
 from sam3.model_builder import build_sam3_image_model
 from sam3.released_names import to_released
@@ -28,6 +31,7 @@ from sam3.video.writer import BackgroundWriter
 
 HEIGHT, WIDTH = 48, 64
 NUM_FRAMES = 9
+MEMORY_FLAGS = {"default": (), "efficient": ("--memory", "efficient"), "full": ("--memory", "full")}
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +369,22 @@ def test_a_checkpoint_without_the_needed_part_is_refused(clip, tmp_path, capsys)
     assert main([str(clip), "--checkpoint", "nothing.pt", "--output", str(tmp_path / "out"), "--text", "x"]) == 2
     assert "nothing.pt" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out")
+
+
+def test_a_file_with_two_memories_is_tracked_with_either(run, clip, model, tmp_path) -> None:
+    config = model.config.with_efficient_memory()
+    torch.manual_seed(0)
+    own = own_weights(EfficientSam3Tracker(config).state_dict())
+    both, weights = tmp_path / "both.pt", to_released(model.state_dict(), model.config)
+    write_merged(both, weights | own, {"model": config.to_dict()})
+    options = (clip, "--checkpoint", both, "--box", "12,8,40,36", "--overwrite", "--save", "tracks")
+    found = {memory: run(*options, *flag) for memory, flag in MEMORY_FLAGS.items()}
+    assert all(code == 0 for code, *_ in found.values())
+    assert found["default"][3] == found["efficient"][3] != found["full"][3]
+    _, _, _, expected = run(clip, "--box", "12,8,40,36", "--overwrite", "--save", "tracks")
+    assert found["full"][3] == expected
+    code, _, err, _ = run(clip, "--box", "12,8,40,36", "--overwrite", "--memory", "efficient")
+    assert code == 2 and "holds no efficient memory (it holds: full)" in err
 
 
 def test_passes_over_a_video() -> None:
