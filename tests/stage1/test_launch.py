@@ -14,9 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = "stage1/scripts/save_stage1_embeddings.sh"
 TRAIN = "stage1/scripts/train_stage1_student.sh"
 GEOMETRY = "stage1_geometry_finetune/scripts/train_geometry_finetune.sh"
+MEMORY = "stage2/scripts/train_memory.sh"
 KEYS = (
     *("CFG", "DATA_PATH", "OUTPUT", "BATCH_SIZE", "GPUS", "NPROC", "DEVICE", "MASTER_PORT", "NNODES", "NODE_RANK"),
     *("RDZV_BACKEND", "RDZV_ENDPOINT", "RDZV_ID", "TEACHER_EMBED_PATH", "PRETRAINED", "SAM3_CHECKPOINT"),
+    "SUBSET_FRACTION",
 )
 
 
@@ -197,3 +199,30 @@ def test_a_mistake_is_one_line_and_exit_code_2(launch, words, message):
     done = launch(*words)
     assert done.returncode == 2 and not done.stdout
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["0", "2", "my videos", "0.1", "SAM3_CHECKPOINT=s.pt"],
+        ["GPUS=0", "BATCH_SIZE=2", "DATA_PATH=my videos", "SUBSET_FRACTION=0.1", "SAM3_CHECKPOINT=s.pt"],
+        ["0", "2", "SUBSET_FRACTION=0.1", "DATA_PATH=my videos", "SAM3_CHECKPOINT=s.pt"],
+    ],
+)
+def test_the_memory_s_launcher_takes_its_words_by_name_or_in_order(launch, words):
+    done = launch(*words, "PRETRAINED=m.pth", "--max-steps", "3", script=MEMORY).stdout.splitlines()
+    assert done[:4] == ["-m", "sam3_train.torchrun", "--nproc_per_node", "1"]
+    script = next(i for i, word in enumerate(done) if word.endswith("stage2/train_memory_stage2.py"))
+    assert done[script + 1 : script + 4] == ["--device", "cpu", "--cfg"]
+    assert done[script + 4].endswith("stage2/configs/base_memory.yaml")
+    assert done[script + 5 :] == [
+        *("--data-path", "my videos", "--batch-size", "2", "--subset-fraction", "0.1"),
+        *("--sam3-checkpoint", "s.pt", "--pretrained", "m.pth", "--max-steps", "3"),
+    ]
+
+
+def test_the_memory_s_launcher_knows_flags_and_wrong_keys(launch):
+    words = launch("--cfg", "c.yaml", "--dry-run", script=MEMORY).stdout.splitlines()
+    assert flags_of(words, "--cfg") == ["c.yaml"] and words[-1] == "--dry-run"
+    done = launch("0", "SUBSET=0.1", script=MEMORY)
+    assert done.returncode == 2 and "unknown key SUBSET in 'SUBSET=0.1'" in done.stderr

@@ -1,0 +1,169 @@
+"""``train_memory_stage2.py`` from end to end on a small world: tree, plan, what is trained, resume, final file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from training_world import BACKBONE, TINY, MemoryWorld, train_memory
+
+from sam3.config import Sam3Config, StudentConfig
+from sam3.model.efficient_sam3_model_builder import (
+    build_efficient_sam3_tracker,
+    build_efficient_sam3_train,
+    load_efficient_sam3_checkpoint,
+)
+from sam3.model.efficient_sam3_train import is_trained
+from sam3_train.checkpoint import load_checkpoint
+from sam3_train.log import read_metrics
+from sam3_train.trainer import Trainer
+from stage2.trained_memory import read_trained_memory
+
+
+@pytest.fixture(scope="module")
+def finished(memory_world: MemoryWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two epochs of clips of two and of three frames."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    cfg = memory_world.config("finished", TRAIN__EPOCHS=2, CLIPS__LENGTHS=[2, 3], TRAIN__WEIGHT_DECAY=0.0)
+    assert train_memory(cfg, run) == 0
+    return run
+
+
+def weights_of(path: Path) -> dict[str, Tensor]:
+    """Of the model, without what is counted beside it."""
+    return {k: v for k, v in torch.load(path, weights_only=True)["model"].items() if is_trained(k)}
+
+
+def test_the_run_leaves_the_documented_tree(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.json", "log_rank0.txt", "metrics.jsonl", "ckpt_epoch_0.pth", "ckpt_epoch_1.pth"} <= names
+    assert {"best.pth", "last.json", "model_final.pth"} <= names
+    record = json.loads((finished / "config.json").read_text())
+    assert (record["num_train_videos"], record["num_val_videos"], record["world_size"]) == (4, 1, 1)
+    assert record["start"]["file"] == "student.pt" and len(record["start"]["sha256"]) == 64
+    assert record["identity"]["stage"] == "stage2"
+
+
+def test_losses_and_validation_are_logged(finished: Path) -> None:
+    """D-122 and D-126: an epoch of four videos has two steps, and held-out videos pick the best."""
+    steps = read_metrics(finished, "train")
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    assert {"loss", "focal", "dice", "iou", "object_score", "grad_norm"} <= steps[0].keys()
+    assert all(record["grad_norm"] > 0 for record in steps)
+    validations = read_metrics(finished, "val")
+    assert len(validations) == 2 and {"j_and_f", "j_and_f_mask", "iou"} <= validations[0].keys()
+    best = load_checkpoint(finished / "best.pth")
+    assert best["best"]["value"] == pytest.approx(max(record["j_and_f"] for record in validations))
+
+
+def test_every_trained_weight_moves_and_no_other_is_in_a_checkpoint(finished: Path, memory_world: MemoryWorld) -> None:
+    """Without weight decay, so that nothing but a gradient moves them. The embedding of absence needs a clip with an
+    object that is away for a while and back: `test_a_step_moves_all_that_is_trained_and_nothing_else`.
+    """
+    torch.manual_seed(0)
+    start = build_efficient_sam3_train(memory_world.base, device="cpu").trained_state()
+    end = weights_of(finished / "ckpt_epoch_1.pth")
+    assert end.keys() == start.keys()
+    still = [name for name, value in start.items() if torch.equal(value, end[name])]
+    assert set(still) <= {"no_obj_embed_spatial"}
+
+
+def test_the_final_file_is_the_whole_tracker_and_knows_where_it_comes_from(
+    finished: Path, memory_world: MemoryWorld
+) -> None:
+    """D-125: it is called model_final.pth, as the launcher says; it opens strictly and without a backbone."""
+    final, last = finished / "model_final.pth", weights_of(finished / "ckpt_epoch_1.pth")
+    assert weights_of(final).keys() == last.keys()
+    assert all(torch.equal(value, last[name]) for name, value in weights_of(final).items())
+    config = TINY.replace(student=StudentConfig(BACKBONE)).with_efficient_memory()
+    tracker = build_efficient_sam3_tracker(config=config, device="cpu")
+    record = load_efficient_sam3_checkpoint(tracker, final)
+    assert Sam3Config.from_dict(record["metadata"]["model"]) == config
+    assert (record["epoch"], record["step"], record["is_ema"]) == (1, 4, False)
+    assert record["start"]["file"] == "student.pt" and record["config"]["CLIPS"]["LENGTHS"] == [2, 3]
+    state = tracker.state_dict()
+    heads = build_efficient_sam3_train(memory_world.base, device="cpu").state_dict()
+    assert all(torch.equal(state[n], heads[n]) for n in state if not is_trained(n))
+    trained = read_trained_memory(final)
+    assert trained.weights.keys() == last.keys() and not trained.left_out
+
+
+def test_the_same_command_again_changes_nothing(finished: Path, memory_world: MemoryWorld, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "model_final.pth").unlink()
+    cfg = memory_world.config("finished", TRAIN__EPOCHS=2, CLIPS__LENGTHS=[2, 3], TRAIN__WEIGHT_DECAY=0.0)
+    assert train_memory(cfg, run) == 0
+    again, before = weights_of(run / "model_final.pth"), weights_of(finished / "model_final.pth")
+    assert all(torch.equal(value, again[name]) for name, value in before.items())
+
+
+def test_a_continued_run_ends_where_a_whole_one_does(finished: Path, memory_world: MemoryWorld, tmp_path: Path) -> None:
+    """D-122: stopped inside an epoch of each clip length; weights and moments are the same bit for bit."""
+    run = tmp_path / "run"
+    cfg = memory_world.config("finished", TRAIN__EPOCHS=2, CLIPS__LENGTHS=[2, 3], TRAIN__WEIGHT_DECAY=0.0)
+    for steps in ("1", "3", "0"):
+        assert train_memory(cfg, run, "--max-steps", steps) == 0
+    whole, parts = (load_checkpoint(folder / "ckpt_epoch_1.pth") for folder in (finished, run))
+    assert whole["step"] == parts["step"] == 4
+    assert all(torch.equal(value, parts["model"][name]) for name, value in whole["model"].items())
+    for index, state in whole["optimizer"]["state"].items():
+        for name, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(parts["optimizer"]["state"][index][name]))
+
+
+def test_each_trained_parameter_is_in_one_group_and_no_other_in_any(
+    memory_world: MemoryWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D-127; vectors and tables are not decayed (D-122)."""
+    trainers: list[Trainer] = []
+    monkeypatch.setattr(Trainer, "train", lambda self: trainers.append(self))
+    monkeypatch.setattr("stage2.run.write_final", lambda *args: None)
+    assert train_memory(memory_world.config("groups"), tmp_path / "run") == 0
+    (learner,) = trainers[0].learners
+    grouped = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    trained = [p for p in learner.task.parameters() if p.requires_grad]
+    assert len(grouped) == len({id(p) for p in grouped}) == len(trained)
+    assert {id(p) for p in grouped} == {id(p) for p in trained}
+    model = learner.task.model
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == model.trained_state().keys()
+    decayed = {id(p) for group in learner.optimizer.param_groups if group["weight_decay"] for p in group["params"]}
+    tables = ("norm", "bias", "maskmem_tpos_enc", "no_obj_embed_spatial", "latents")
+    assert not [n for n, p in model.named_parameters() if id(p) in decayed and (n.endswith(tables) or ".norm" in n)]
+
+
+def test_a_dry_run_says_what_would_happen_and_leaves_nothing(
+    memory_world: MemoryWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = memory_world.config("dry", CLIPS__LENGTHS=[2, 4], TRAIN__EPOCHS=4, DISTILL__MASK=0.5)
+    words = ["--dry-run", "--subset_fraction", "0.5", "--batch_size", "1", "--data_path", str(memory_world.videos)]
+    assert train_memory(cfg, tmp_path / "run", *words) == 0
+    shown = capsys.readouterr().out
+    for part in (
+        "64 tokens of a frame instead of 324 (5x)",
+        "backbone student demo_cnn",
+        "2 train (0.5 of the data set), 1 held out",
+        "2 frames, 4 frames from epoch 2, up to 2 objects",
+        "mask : box : click = 0.5 : 0.25 : 0.25",
+        "20 focal + 1 dice + 1 iou + 1 object_score",
+        "the full memory: 0.5 mask",
+        "8 (4 epochs of 2)",
+    ):
+        assert part in shown, part
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fraction", ["0.01", "0.5"])
+def test_a_fraction_of_the_videos_is_one_at_least(
+    fraction: str, memory_world: MemoryWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D-126: a tiny subset makes steps, also where a batch is larger than it."""
+    cfg = memory_world.config("subset")
+    words = ["--dry-run", "--subset_fraction", fraction, "--batch_size", "4"]
+    assert train_memory(cfg, tmp_path / "run", *words) == 0
+    shown = capsys.readouterr().out
+    assert f"{max(1, round(float(fraction) * 4))} train" in shown and "(1 epochs of 1)" in shown
