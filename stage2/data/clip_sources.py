@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sam3.image_input import ImageInputError, to_rgb_uint8
+from sam3.model.tracker_memory import TrackerFeatures
 from sam3.preprocess import Preprocess
 from sam3_train.data.decode import UnreadableImageError
 from sam3_train.data.image_index import ImageIndex
@@ -39,6 +40,17 @@ class ClipSource(Protocol):
         """
 
 
+class FrameFeatures(Protocol):
+    """Knows what the tracker reads of annotated frames (`stage2.feature_cache.FeatureCache`)."""
+
+    def read(self, entry: VideoEntry, rows: np.ndarray) -> TrackerFeatures:
+        """Maps of annotated frames, by their places in a video's entry, with a row for each.
+
+        Raises:
+            BadVideoError: If they are missing or damaged.
+        """
+
+
 class VideoClips:
     """Clips of annotated videos.
 
@@ -48,11 +60,24 @@ class VideoClips:
         preprocess: That of the model.
         mask_side: M, that of the mask decoder's logits (4 G).
         look: Changes of flips and colours; None for none.
+        features: Takes the place of frames, which then are not decoded; None: frames.
+
+    Raises:
+        ValueError: If features, which are those of unchanged frames, are to be changed.
     """
 
     def __init__(
-        self, videos: VideoSet, spec: ClipSpec, preprocess: Preprocess, mask_side: int, look: LookSpec | None = None
+        self,
+        videos: VideoSet,
+        spec: ClipSpec,
+        preprocess: Preprocess,
+        mask_side: int,
+        look: LookSpec | None = None,
+        features: FrameFeatures | None = None,
     ) -> None:
+        if look is not None and features is not None:
+            raise ValueError("cached features cannot be flipped or recoloured: give a look or features")
+        self.features = features
         self.videos = videos
         self.spec = spec
         self.preprocess = preprocess
@@ -81,17 +106,23 @@ class VideoClips:
         seen = is_seen(coverage[place[0]])
         if not seen.any():
             return None
-        with closing(layout.open_frames(entry.name)) as frames:
-            numbers = entry.frame_numbers[rows].tolist()
-            pixels = canvas.paint((_checked(frames.frame(number), entry, number) for number in numbers), len(rows))
+        pixels, features = torch.zeros(len(place), 3, 0, 0, dtype=torch.uint8), None
+        if self.features is not None:
+            features = self.features.read(entry, choice.rows)
+        else:
+            with closing(layout.open_frames(entry.name)) as frames:
+                numbers = entry.frame_numbers[rows].tolist()
+                shown = (checked_frame(frames.frame(number), entry, number) for number in numbers)
+                pixels = canvas.paint(shown, len(rows))[torch.from_numpy(place)]
         return Clip(
             name=entry.name,
-            pixels=pixels[torch.from_numpy(place)],
+            pixels=pixels,
             resized_hw=torch.tensor(canvas.resized_hw),
             coverage=torch.from_numpy(coverage[place][:, seen]),
             frame_numbers=torch.from_numpy(entry.frame_numbers[choice.rows].astype(np.int64)),
             object_ids=torch.from_numpy(entry.objects[choice.columns[seen]].astype(np.int64)),
             num_frames=entry.num_frames,
+            features=features,
         )
 
 
@@ -156,8 +187,12 @@ class ImageClips:
         )
 
 
-def _checked(pixels: np.ndarray, entry: VideoEntry, number: int) -> Tensor:
-    """A frame as uint8 (3, H, W), if it has the size of its masks."""
+def checked_frame(pixels: np.ndarray, entry: VideoEntry, number: int) -> Tensor:
+    """A frame as uint8 (3, H, W).
+
+    Raises:
+        BadVideoError: If it has another size than its masks.
+    """
     if pixels.shape[:2] != entry.size_hw:
         raise BadVideoError(
             f"{entry.name}: frame {number} is {pixels.shape[1]} x {pixels.shape[0]} pixels, its masks are "
