@@ -29,6 +29,7 @@ TEACHER = Path("data/demo/tiny_teacher.safetensors")
 TEACHER_CFG = Path("stage1/configs/teacher/demo_tiny.yaml")
 STUDENT_CFG = Path("stage1/configs/demo_cnn.yaml")
 FINETUNE_CFG = Path("stage1_geometry_finetune/configs/demo_cnn.yaml")
+MEMORY_CFG = Path("stage2/configs/demo_tiny.yaml")
 STUDENT = "demo_cnn"
 LAUNCH_SOURCES = (Path("scripts/launch.sh"), Path("sam3/sam3_train/torchrun.py"))
 # Two processes of one thread each beat one of two on networks this small, and show that every step is distributed.
@@ -71,6 +72,8 @@ class Places(NamedTuple):
     merged: Path
     tuned_run: Path
     tuned: Path
+    memory_run: Path
+    memory: Path
     page: Path
     stamps: Path
 
@@ -84,6 +87,8 @@ class Places(NamedTuple):
             merged=output / f"efficient_sam3_{STUDENT}.pt",
             tuned_run=output / "stage1_geometry" / STUDENT,
             tuned=output / f"efficient_sam3_{STUDENT}_geometry.pt",
+            memory_run=output / "stage2" / STUDENT,
+            memory=output / f"efficient_sam3_{STUDENT}_memory.pt",
             page=output / "index.html",
             stamps=output / "steps",
         )
@@ -92,7 +97,8 @@ class Places(NamedTuple):
 def demo_steps(cfg_file: Path, settings: dict[str, Any], output: Path) -> list[Step]:
     """The demo from an empty folder to the page; paths are relative to the repository where they lie in it."""
     at = Places.below(output)
-    return [world_step(settings, at), *stage1_steps(at), *finetune_steps(at), report_step(cfg_file, at)]
+    stages = [*stage1_steps(at), *finetune_steps(at), *memory_steps(at)]
+    return [world_step(settings, at), *stages, report_step(cfg_file, at)]
 
 
 def world_step(settings: dict[str, Any], at: Places) -> Step:
@@ -186,6 +192,39 @@ def finetune_steps(at: Places) -> list[Step]:
     ]
 
 
+def memory_steps(at: Places) -> list[Step]:
+    """Stage 2: a compressed memory in front of the fine-tuned student, and the file that holds both memories."""
+    return [
+        Step(
+            "memory",
+            "Train the compressed memory",
+            [
+                *("bash", "stage2/scripts/train_memory.sh", f"CFG={MEMORY_CFG}", f"DATA_PATH={at.world}"),
+                *(f"SAM3_CHECKPOINT={at.tuned}", f"OUTPUT={at.memory_run}", *CPU),
+                *("--opts", "DATA.FEATURE_CACHE", str(at.memory_run / "features")),
+            ],
+            [
+                *(*with_bases(MEMORY_CFG), Path("stage2/scripts/train_memory.sh"), *LAUNCH_SOURCES),
+                *sources_of(Path("stage2/train_memory_stage2.py"), ROOT),
+            ],
+            [at.memory_run / "model_final.pth"],
+            owned=[at.memory_run],
+        ),
+        Step(
+            "remember",
+            "Put the compressed memory beside the full one",
+            [
+                *("python", "stage2/convert_memory_weights_stage2.py"),
+                *("--trained_checkpoint", str(at.memory_run / "model_final.pth")),
+                *("--sam3_checkpoint", str(at.tuned), "--output_path", str(at.memory)),
+            ],
+            sources_of(Path("stage2/convert_memory_weights_stage2.py"), ROOT),
+            [at.memory],
+            owned=[at.memory],
+        ),
+    ]
+
+
 def report_step(cfg_file: Path, at: Places) -> Step:
     """The page."""
     return Step(
@@ -195,6 +234,7 @@ def report_step(cfg_file: Path, at: Places) -> Step:
             *("python", "scripts/demo_report.py", "--cfg", str(cfg_file), "--world", str(at.world)),
             *("--teacher", str(TEACHER), "--student", str(at.merged), "--run", str(at.run)),
             *("--finetuned", str(at.tuned), "--finetune-run", str(at.tuned_run)),
+            *("--memory", str(at.memory), "--memory-run", str(at.memory_run)),
             *("--stamps", str(at.stamps), "--output", str(at.page)),
         ],
         [

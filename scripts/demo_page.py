@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from demo_html import format_bytes, image_tag, table
+from demo_page_video import MemoryComparison, Tracking, memory_section, tracking_section
 
 
 @dataclass(frozen=True)
@@ -45,38 +47,6 @@ class DetectorScore:
     words: str
     teacher: float
     student: float
-
-
-@dataclass(frozen=True)
-class TrackingScore:
-    """Mean J&F on the held-out clips for one kind of prompt."""
-
-    prompt: str
-    teacher: float
-    student: float
-
-
-@dataclass(frozen=True)
-class TrackedClip:
-    """Pictures of one clip that teacher and student have tracked."""
-
-    title: str
-    strip_jpeg: bytes
-    """Frames with the prompts, the teacher's masks, the student's masks: three rows."""
-    animation_webp: bytes
-    """The teacher's masks on the left, the student's on the right."""
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """What the tracker does on the held-out clips."""
-
-    scores: Sequence[TrackingScore]
-    stand_still: float
-    """J&F of the exact first masks, kept as they are."""
-    num_objects: int
-    num_clips: int
-    clips: Sequence[TrackedClip]
 
 
 @dataclass(frozen=True)
@@ -164,19 +134,10 @@ class Report:
     num_phrases: int = 0
     tracking: Tracking | None = None
     finetune: FineTune | None = None
+    memory: MemoryComparison | None = None
 
 
 STYLE = (Path(__file__).parent / "demo_page.css").read_text(encoding="utf-8")
-
-
-def format_bytes(num_bytes: int) -> str:
-    """1.25 MB rather than 1250000."""
-    return f"{num_bytes / 1e6:.2f} MB" if num_bytes < 1e9 else f"{num_bytes / 1e9:.2f} GB"
-
-
-def _image(encoded: bytes, alt: str, kind: str = "jpeg") -> str:
-    data = base64.b64encode(encoded).decode("ascii")
-    return f'<img loading="lazy" alt="{html.escape(alt, quote=True)}" src="data:image/{kind};base64,{data}">'
 
 
 def _figure(one: Comparison) -> str:
@@ -187,7 +148,7 @@ def _figure(one: Comparison) -> str:
     captions = (f"prompt: {prompt}", caption("teacher", one.teacher_iou), caption("student", one.student_iou))
     alts = (f"{one.title} with its prompt", f"the teacher's mask on {one.title}", f"the student's mask on {one.title}")
     views = "".join(
-        f"<div>{_image(jpeg, alt)}<span>{text}</span></div>"
+        f"<div>{image_tag(jpeg, alt)}<span>{text}</span></div>"
         for jpeg, alt, text in zip(one.views_jpeg, alts, captions, strict=True)
     )
     agreement = f"student against teacher: IoU <b>{one.agreement:.2f}</b>"
@@ -199,19 +160,10 @@ def _tuned_figure(one: TunedScene) -> str:
     alts = (f"{one.title} with its prompt", *(f"mask of {who} on {one.title}" for who in ("the teacher", *names[2:])))
     ious = ("", *(f": IoU <b>{iou:.2f}</b>" for iou in (one.teacher_iou, one.before_iou, one.after_iou)))
     views = "".join(
-        f"<div>{_image(jpeg, alt)}<span>{name}{iou}</span></div>"
+        f"<div>{image_tag(jpeg, alt)}<span>{name}{iou}</span></div>"
         for jpeg, alt, name, iou in zip(one.views_jpeg, alts, names, ious, strict=True)
     )
     return f'<figure><figcaption>{html.escape(one.title)}</figcaption><div class="views four">{views}</div></figure>'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: Sequence[int] = (0,)) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        classes = [' class="text"' if index in text_columns else "" for index in range(len(values))]
-        return "".join(f"<{tag}{kind}>{value}</{tag}>" for kind, value in zip(classes, values, strict=True))
-
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><tr>{cells("th", header)}</tr>{body}</table></div>'
 
 
 def _headline(report: Report) -> str:
@@ -227,12 +179,15 @@ def _headline(report: Report) -> str:
     if report.finetune is not None:
         tuned = report.finetune.scores[0]
         facts.append((f"{tuned.gain_points:+.1f}", f"points of {tuned.words} by the geometry fine-tune"))
+    if report.memory is not None:
+        kept, tokens = report.memory.mean_ratio, report.memory.compressed.tokens
+        facts.append((f"{kept:.0%}", f"of the full memory's J&F with {tokens} of {report.memory.full.tokens} tokens"))
     return '<div class="headline">' + "".join(f"<div><b>{a}</b>{html.escape(b)}</div>" for a, b in facts) + "</div>"
 
 
 def _scores_table(report: Report) -> str:
     rows = [[s.prompt, f"{s.teacher:.3f}", f"{s.student:.3f}", f"{s.ratio:.1%}"] for s in report.scores]
-    return _table(["prompt", "teacher mIoU", "student mIoU", "student / teacher"], rows)
+    return table(["prompt", "teacher mIoU", "student mIoU", "student / teacher"], rows)
 
 
 def _phrases(report: Report) -> str:
@@ -244,7 +199,7 @@ def _phrases(report: Report) -> str:
 <p>The detector, untouched by distillation, on the teacher's trunk and on the student's: it finds every object that a
 phrase or an example box describes. {report.num_phrases} phrases on held-out scenes, as many that nothing answers;
 IoU is of everything found with everything meant.</p>
-{_table(["measure", "teacher", "student"], rows)}
+{table(["measure", "teacher", "student"], rows)}
 <div class="grid-rows">{"".join(_figure(one) for one in report.phrases)}</div>"""
 
 
@@ -260,31 +215,9 @@ def _finetune(finetune: FineTune | None) -> str:
 <p>Stage 1, shown above, taught the student the teacher's features. The fine-tune then put prompts in the loop: both
 features went through the same frozen neck and heads, and the student learned to be answered as the teacher is. Measured
 on the same scenes and objects as above; the pictures are of the same objects and were not chosen by their results.</p>
-{_table(["measure", "teacher", "before", "after", "gain, points"], rows)}
+{table(["measure", "teacher", "before", "after", "gain, points"], rows)}
 <div class="stack">{"".join(_tuned_figure(one) for one in finetune.scenes)}</div>
 <div class="charts"><div>{finetune.chart}</div></div>"""
-
-
-def _tracking(tracking: Tracking | None) -> str:
-    """The section on videos; empty where the teacher has no tracker."""
-    if tracking is None:
-        return ""
-    rows = [[html.escape(s.prompt), f"{s.teacher:.3f}", f"{s.student:.3f}"] for s in tracking.scores]
-    rows.append(["the exact first mask, standing still", f"{tracking.stand_still:.3f}", f"{tracking.stand_still:.3f}"])
-    figures = "".join(
-        f'<figure class="film"><figcaption>{html.escape(clip.title)} · prompts, teacher, student</figcaption>'
-        f"{_image(clip.strip_jpeg, f'frames of {clip.title}: prompts, masks of the teacher, masks of the student')}"
-        f'<span class="soft">The whole clip: teacher left, student right</span>'
-        f"{_image(clip.animation_webp, f'{clip.title}: masks of teacher and student, animated', 'webp')}</figure>"
-        for clip in tracking.clips
-    )
-    return f"""<h2>Videos</h2>
-<p>The tracker's memory, untouched by distillation, on the teacher's trunk and on the student's. Every object is
-prompted once, on the first frame that shows it, and followed to the end of its clip through motion, crossings and
-disappearance: {tracking.num_objects} objects in {tracking.num_clips} held-out clips. J&amp;F is the mean of mask
-overlap and outline accuracy, as on the DAVIS benchmark.</p>
-{_table(["prompt", "teacher J&amp;F", "student J&amp;F"], rows)}
-{figures}"""
 
 
 def _models_table(report: Report) -> str:
@@ -301,7 +234,7 @@ def _models_table(report: Report) -> str:
         for m in report.models
     ]
     header = ["model", "image encoder", "encoder parameters", "all parameters", "file", "image", "prompt"]
-    return _table(header, rows, (0, 1))
+    return table(header, rows, (0, 1))
 
 
 def render_page(report: Report) -> str:
@@ -312,7 +245,7 @@ def render_page(report: Report) -> str:
     """
     if not report.scores or not report.models:
         raise ValueError("a report needs at least one score and one model")
-    steps = _table(
+    steps = table(
         ["step", "command", "time"],
         [[html.escape(s.name), f"<code>{html.escape(s.command)}</code>", f"{s.seconds:.0f} s"] for s in report.steps],
         (0, 1),
@@ -343,7 +276,8 @@ Mean over {report.num_objects} objects:</p>
 <div class="grid-rows">{scenes}</div>
 {_phrases(report)}
 {_finetune(report.finetune)}
-{_tracking(report.tracking)}
+{tracking_section(report.tracking)}
+{memory_section(report.memory)}
 <h2>Real photos</h2>
 <p>No ground truth exists here: the IoU is the student's mask against the teacher's, which is what distillation is
 after.</p>

@@ -4,8 +4,8 @@
         --teacher data/demo/tiny_teacher.safetensors --student output/demo/efficient_sam3_demo_cnn.pt \
         --run output/demo/stage1/demo_cnn --stamps output/demo/steps --output output/demo/index.html
 
-``--finetuned`` and ``--finetune-run`` add what the geometry fine-tune changed. Beside the page it writes
-``results.json`` with the same numbers.
+``--finetuned`` and ``--finetune-run`` add what the geometry fine-tune changed, ``--memory`` and ``--memory-run`` the
+compressed memory of stage 2. Beside the page it writes ``results.json`` with the same numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import torch
 import yaml
 from demo_compare import Prompt, compare, describe_model
 from demo_finetune import compare_finetuned
-from demo_page import Comparison, DetectorScore, FineTune, ModelRow, Report, StepRow, Tracking, TunedScene, render_page
+from demo_memory import compare_memories
+from demo_page import Comparison, DetectorScore, FineTune, ModelRow, Report, StepRow, TunedScene, render_page
+from demo_page_video import MemoryComparison, Tracking
 from demo_phrases import compare_phrases, detector_scores
 from demo_scores import box_ious, checkpoint_scores, read_scenes, score_prompts, shown_prompts
 from demo_tracking import compare_tracking
@@ -189,15 +191,28 @@ def write_results(path: Path, report: Report) -> None:
             "scores": [dataclasses.asdict(score) for score in report.finetune.scores],
             "scenes": [numbers(one) for one in report.finetune.scenes],
         },
+        "memory": None if report.memory is None else _memory_record(report.memory),
         "environment": report.environment,
         "load_lines": report.load_lines,
     }
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
+def _memory_record(memory: MemoryComparison) -> dict[str, Any]:
+    return {
+        "scores": [{**dataclasses.asdict(score), "ratio": score.ratio} for score in memory.scores],
+        "mean_ratio": memory.mean_ratio,
+        "full": dataclasses.asdict(memory.full),
+        "compressed": dataclasses.asdict(memory.compressed),
+        "stand_still": memory.stand_still,
+        "num_objects": memory.num_objects,
+        "num_clips": memory.num_clips,
+    }
+
+
 def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Report:
     """Run every comparison, with a progress bar."""
-    with tqdm(total=9, desc="report", unit="part") as progress:
+    with tqdm(total=10, desc="report", unit="part") as progress:
         teacher, student = sam3.load_model(args.teacher, "cpu"), sam3.load_model(args.student, "cpu")
         photos = photo_prompts(args.world, settings["photos"])
         models = measure_models(args, teacher, student, photos[0][0], settings["latency_repeats"])
@@ -224,6 +239,10 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
         progress.update()
         tracking = track_clips(args.world, teacher, student, settings)
         progress.update()
+        memory: MemoryComparison | None = None
+        if args.memory is not None:
+            memory = compare_memories(args.memory, args.world, settings, args.memory_run)
+        progress.update()
         photo_comparisons = compare_photos(teacher, student, photos)
         progress.update()
         val = read_scenes(args.world, "val")
@@ -248,6 +267,7 @@ def build_report(args: argparse.Namespace, settings: Mapping[str, Any]) -> Repor
         num_phrases=num_phrases,
         tracking=tracking,
         finetune=finetune,
+        memory=memory,
         environment={
             "EfficientSAM3": sam3.__version__,
             "torch": torch.__version__,
@@ -291,6 +311,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--run", type=Path, required=True, help="folder of the student's training run")
     parser.add_argument("--finetuned", type=Path, help="the merged file after the geometry fine-tune")
     parser.add_argument("--finetune-run", type=Path, help="folder of the fine-tuning; goes with --finetuned")
+    parser.add_argument("--memory", type=Path, help="the merged file with a compressed memory")
+    parser.add_argument("--memory-run", type=Path, help="folder of the memory's training; goes with --memory")
     parser.add_argument("--stamps", type=Path, help="folder of the demo's finished steps, for their commands and times")
     parser.add_argument("--output", type=Path, required=True, help="the page, .html")
     return parser
@@ -298,10 +320,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _main(argv: list[str] | None) -> int:
     args = build_parser().parse_args(argv)
-    paths = (args.cfg, args.world, args.teacher, args.student, args.run, args.finetuned, args.finetune_run)
+    paths = [args.cfg, args.world, args.teacher, args.student, args.run]
+    paths += [args.finetuned, args.finetune_run, args.memory, args.memory_run]
     problems = [f"{path} does not exist" for path in paths if path is not None and not path.exists()]
     if (args.finetuned is None) != (args.finetune_run is None):
         problems.append("--finetuned and --finetune-run go together")
+    if (args.memory is None) != (args.memory_run is None):
+        problems.append("--memory and --memory-run go together")
     if problems:
         raise UserError.from_problems("no report", problems)
     report = build_report(args, yaml.safe_load(args.cfg.read_text())["REPORT"])
@@ -312,6 +337,8 @@ def _main(argv: list[str] | None) -> int:
         print(f"{score.prompt}: teacher {score.teacher:.3f}, student {score.student:.3f} ({score.ratio:.1%})")
     for tuned in report.finetune.scores if report.finetune else ():
         print(f"{tuned.words}: fine-tuned {tuned.before:.3f} -> {tuned.after:.3f} ({tuned.gain_points:+.1f} points)")
+    for kept in report.memory.scores if report.memory else ():
+        print(f"{kept.prompt}, J&F: full memory {kept.full:.3f}, compressed {kept.compressed:.3f} ({kept.ratio:.1%})")
     return 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 from demo_drawing import fit
-from demo_page import TrackedClip, Tracking, TrackingScore
+from demo_page_video import TrackedClip, Tracking, TrackingScore
 from PIL import Image, ImageDraw
 from tracker_eval import PROMPT_KINDS, EvalClip, clip_features, score_objects, stand_still, track_clip
 
@@ -23,8 +23,17 @@ FRAMES_PER_SECOND = 12
 KIND_WORDS = {"mask": "mask", "box": "box", "click": "one click"}
 
 
-def compare_tracking(teacher: Any, student: Any, clips: Sequence[EvalClip], num_shown: int = 1) -> Tracking:
+def compare_tracking(
+    teacher: Any, student: Any, clips: Sequence[EvalClip], num_shown: int = 1, shares_trunk: bool = False
+) -> Tracking:
     """Both models on clips: J&F for each kind of prompt, and pictures of the first clips.
+
+    Args:
+        teacher: With a tracker.
+        student: Likewise.
+        clips: What is tracked.
+        num_shown: Clips with pictures.
+        shares_trunk: The trunks are the same, so that features of frames are computed once.
 
     Raises:
         ValueError: If there is nothing to track.
@@ -35,8 +44,9 @@ def compare_tracking(teacher: Any, student: Any, clips: Sequence[EvalClip], num_
     shown = []
     for number, clip in enumerate(clips):
         masks = []
+        features: dict[int, Any] = {}
         for which, model in enumerate(models):
-            features = clip_features(model, clip)
+            features = features if features and shares_trunk else clip_features(model, clip)
             for kind in PROMPT_KINDS:
                 prompted, found = track_clip(model, clip, kind, features)
                 scores[kind][which].extend(score_objects(clip, prompted, found))

@@ -8,14 +8,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-_BUILDERS = "sam3.model.efficient_sam3_model_builder"
 _EXPORTS = {
     "EfficientSam3Train": "sam3.model.efficient_sam3_train",
-    "build_efficient_sam3_predictor": _BUILDERS,
-    "build_efficient_sam3_tracker": _BUILDERS,
-    "build_efficient_sam3_train": _BUILDERS,
-    "load_efficient_sam3_checkpoint": _BUILDERS,
-    "save_efficient_sam3_checkpoint": _BUILDERS,
+    "build_efficient_sam3_predictor": "sam3.model.efficient_sam3_model_builder",
+    "build_efficient_sam3_tracker": "sam3.model.efficient_sam3_model_builder",
+    "build_efficient_sam3_train": "sam3.model.efficient_sam3_model_builder",
+    "load_efficient_sam3_checkpoint": "sam3.model.efficient_sam3_model_builder",
+    "save_efficient_sam3_checkpoint": "sam3.model.efficient_sam3_model_builder",
 }
 
 __all__ = [

@@ -31,13 +31,25 @@ def test_steps_name_files_that_exist():
 
 def test_stages_go_through_their_own_launchers_on_the_cpu():
     commands = {step.name: step.command_line for step in steps()}
-    assert list(commands) == ["world", "export", "train", "merge", "finetune", "convert", "report"]
+    assert list(commands) == [
+        "world",
+        "export",
+        "train",
+        "merge",
+        "finetune",
+        "convert",
+        "memory",
+        "remember",
+        "report",
+    ]
     assert commands["export"].startswith("bash stage1/scripts/save_stage1_embeddings.sh ")
     assert commands["train"].startswith("bash stage1/scripts/train_stage1_student.sh ")
     assert commands["merge"].startswith("python stage1/convert_stage1_weights.py ")
     assert commands["finetune"].startswith("bash stage1_geometry_finetune/scripts/train_geometry_finetune.sh ")
     assert commands["convert"].startswith("python stage1_geometry_finetune/convert_geometry_finetune.py ")
-    for name in ("export", "train", "finetune"):
+    assert commands["memory"].startswith("bash stage2/scripts/train_memory.sh ")
+    assert commands["remember"].startswith("python stage2/convert_memory_weights_stage2.py ")
+    for name in ("export", "train", "finetune", "memory"):
         assert "DEVICE=cpu" in commands[name]
 
 
@@ -60,10 +72,23 @@ def test_the_fine_tune_goes_on_from_what_stage_1_left():
     assert f"--student {merged}" in commands["report"] and f"--finetuned {output}" in commands["report"]
 
 
+def test_the_memory_is_trained_and_merged_behind_the_fine_tuned_student():
+    """And shown with it; its features are cached in the run's own folder."""
+    commands = {step.name: step.command_line for step in steps()}
+    results = {step.name: [str(path) for path in step.results] for step in steps()}
+    (tuned,), (trained,), (merged,) = results["convert"], results["memory"], results["remember"]
+    assert f"SAM3_CHECKPOINT={tuned}" in commands["memory"]
+    assert f"DATA.FEATURE_CACHE {Path(trained).parent / 'features'}" in commands["memory"]
+    assert f"--trained_checkpoint {trained} --sam3_checkpoint {tuned} --output_path {merged}" in commands["remember"]
+    assert f"--memory {merged} --memory-run {Path(trained).parent}" in commands["report"]
+    assert SETTINGS["WORLD"]["train-clips"] > 0 and SETTINGS["WORLD"]["val-clips"] > 0
+
+
 def test_every_config_that_a_step_inherits_from_is_an_input():
     """A changed base repeats the step."""
     inputs = {step.name: step.inputs for step in steps()}
     configs = {"export": demo.TEACHER_CFG, "train": demo.STUDENT_CFG, "finetune": demo.FINETUNE_CFG}
+    configs["memory"] = demo.MEMORY_CFG
     for name, config in configs.items():
         base = config.parent / yaml.safe_load((ROOT / config).read_text())["BASE"][0]
         assert config in inputs[name] and base in inputs[name]
@@ -72,7 +97,7 @@ def test_every_config_that_a_step_inherits_from_is_an_input():
 def test_steps_that_resume_own_a_folder_of_their_own():
     """So that a changed setting does not go on from what another setting has made."""
     owned = {step.name: list(step.owned) for step in steps()}
-    assert owned["world"] and owned["export"] and owned["train"] and owned["finetune"]
+    assert owned["world"] and owned["export"] and owned["train"] and owned["finetune"] and owned["memory"]
     paths = [path for found in owned.values() for path in found]
     for path in paths:
         assert path.is_relative_to("output/demo")
@@ -100,6 +125,8 @@ def test_the_code_behind_a_step_is_among_its_inputs():
         "merge": ["stage1/merge.py", "sam3/sam3/backbones/folding.py", "sam3/sam3_train/merged_proof.py"],
         "finetune": ["stage1_geometry_finetune/task.py", "stage1_geometry_finetune/data/prompt_drawing.py"],
         "convert": ["stage1_geometry_finetune/merge.py", "sam3/sam3/checkpoint_merge.py"],
+        "memory": ["stage2/task.py", "stage2/data/clip_sampler.py", "sam3/sam3/model/perceiver.py"],
+        "remember": ["stage2/memory_proof.py", "sam3/sam3/efficient_keys.py"],
         "report": ["data/demo/demo_eval.py", "sam3/sam3/loading.py", "sam3/sam3/sam/mask_decoder.py"],
     }.items():
         assert read[name] >= set(expected), set(expected) - read[name]

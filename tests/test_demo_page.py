@@ -19,13 +19,11 @@ from demo_page import (
     Report,
     Score,
     StepRow,
-    TrackedClip,
-    Tracking,
-    TrackingScore,
     TunedScene,
     TunedScore,
     render_page,
 )
+from demo_page_video import MemoryComparison, MemoryScore, StoredMemory, TrackedClip, Tracking, TrackingScore
 from PIL import Image
 from svg_chart import Series, line_chart, nice_ticks
 
@@ -202,6 +200,34 @@ def test_videos_are_shown_where_there_is_a_tracker():
         assert expected in page.text, expected
     kinds = [image["src"].split(";")[0] for image in page.images if "clip <7>" in image["alt"]]
     assert kinds == ["data:image/jpeg", "data:image/webp"]
+
+
+def test_both_memories_are_shown_where_stage_2_ran():
+    """What each keeps of a frame, how well it tracks, and both on a clip."""
+    report = make_report()
+    assert "Compressed memory" not in Page(render_page(report)).text
+    memory = MemoryComparison(
+        scores=[MemoryScore("mask", 0.5, 0.48), MemoryScore("box", 0.4, 0.41)],
+        full=StoredMemory(324, 10368),
+        compressed=StoredMemory(64, 2048),
+        stand_still=0.22,
+        num_objects=13,
+        num_clips=4,
+        clips=[TrackedClip("clip <8>", report.scenes[0].views_jpeg[0], b"RIFF not a real one")],
+        chart=report.charts[0],
+    )
+    assert memory.mean_ratio == pytest.approx(0.89 / 0.9)
+    page = Page(render_page(dataclasses.replace(report, memory=memory)))
+    assert page.open == []
+    for expected in (
+        "99% of the full memory's J&F with 64 of 324 tokens",
+        *("full 324 10,368", "compressed 64 2,048", "mask 0.500 0.480 96.0%", "box 0.400 0.410 102.5%"),
+        *("standing still 0.220 0.220", "13 in 4 held-out clips", "clip <8> · prompts, full memory, compressed memory"),
+    ):
+        assert expected in page.text, expected
+    alts = [str(image["alt"]) for image in page.images]
+    assert "clip <8>: masks of full memory and compressed memory, animated" in alts
+    assert all(link.startswith("data:image/") for link in page.links)
 
 
 def test_the_fine_tune_is_shown_before_and_after_where_it_ran():
