@@ -99,7 +99,7 @@ def _data_defaults() -> CfgNode:
     data.IMAGES_DATASET = "sa1b"  # sa1b (images/{train,val}) | sa1b_tar
     data.IMAGE_SHARE = 0.0  # share of the batches that hold images
     # Folder for the frozen backbone's features, computed once: then no step runs the backbone, and AUGMENT has to be
-    # off. Half precision, per frame of sam3 6.6 MB. Empty: no cache.
+    # off. In half precision, 10.6 MB for a frame of sam3. Empty: no cache.
     data.FEATURE_CACHE = ""
     return data
 

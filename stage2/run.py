@@ -21,7 +21,6 @@ from sam3_train.distributed import RunContext, broadcast_object
 from sam3_train.errors import UserError, attempt, require_no_problems
 from sam3_train.learner import Member
 from sam3_train.loop import fit_many
-from sam3_train.precision import pick_dtype
 from sam3_train.rng import seed_everything
 from sam3_train.run_lock import RunLock
 from sam3_train.task import to_device
@@ -31,12 +30,13 @@ from stage2.base_file import frozen_sha256
 from stage2.config import get_defaults
 from stage2.data.clip_batch import collate_clips
 from stage2.distill import full_memory_teacher
+from stage2.feature_cache import FeatureCache
 from stage2.plan import MemoryPlan, build_plan, plan_lines
 from stage2.preflight import BaseFile, check_settings, read_base
 from stage2.settings import task_options
 from stage2.task import Stage2Task, measure_feature_scale
 from stage2.trained_memory import STAGE, read_trained_memory
-from stage2.training_clips import TrainingClips, build_loaders, clip_sampler, open_clips
+from stage2.training_clips import TrainingClips, build_loaders, clip_sampler, fill_cache, open_clips, trunk_dtype
 
 FINAL_NAME = "model_final.pth"
 """The trained memory with the heads that it was trained with, its description and where it comes from."""
@@ -149,8 +149,11 @@ def _train_locked(prepared: PreparedRun) -> None:
     cfg, run, clips = prepared.cfg, prepared.run, prepared.clips
     seed_everything(cfg.SEED)
     model = build_model(prepared)
+    cache = feature_cache(prepared)
+    if cache is not None:
+        fill_cache(cfg, clips, cache, model, run)
     mask_side = 4 * prepared.base.model.grid_size
-    loaders = build_loaders(cfg, clips, prepared.base.preprocess, mask_side, run, prepared.output)
+    loaders = build_loaders(cfg, clips, prepared.base.preprocess, mask_side, run, prepared.output, cache)
     task = build_task(prepared, model, loaders[0])
     resume = Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
     member = Member(task, cfg, prepared.output, prepared.identity, resume)
@@ -190,12 +193,20 @@ def build_model(prepared: PreparedRun) -> EfficientSam3Train:
     return model
 
 
+def feature_cache(prepared: PreparedRun) -> FeatureCache | None:
+    """Where the backbone's features are kept; None if they are not."""
+    cfg, base = prepared.cfg, prepared.base
+    if not cfg.DATA.FEATURE_CACHE:
+        return None
+    sha256, dtype = prepared.identity["frozen_sha256"], trunk_dtype(cfg, prepared.run)
+    return FeatureCache(cfg.DATA.FEATURE_CACHE, base.model, base.preprocess, sha256, dtype)
+
+
 def build_task(prepared: PreparedRun, model: EfficientSam3Train, train_loader: EpochLoader) -> Stage2Task:
     """The task, with a teacher where one is wanted."""
     cfg, device = prepared.cfg, prepared.run.device
-    dtype = pick_dtype(cfg, device)
     scale = cfg.FORWARD.FEATURE_SCALE or _measured_scale(cfg, model, train_loader, device)
-    options = task_options(cfg, None if dtype == torch.float32 else dtype, scale)
+    options = task_options(cfg, trunk_dtype(cfg, prepared.run), scale)
     teacher: Sam3Tracker | None = None
     if options.distill.is_on:
         teacher = full_memory_teacher(prepared.base.path, device)

@@ -5,18 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from yacs.config import CfgNode
 
+from sam3.model.efficient_sam3_train import EfficientSam3Train
 from sam3.preprocess import Preprocess
 from sam3_train.data.epoch_loader import EpochLoader
 from sam3_train.data.image_index import ImageIndex, build_image_index
 from sam3_train.distributed import RunContext
 from sam3_train.errors import UserError, attempt
+from sam3_train.precision import pick_dtype
 from stage2.data.clip_loader import bad_video_log, build_train_loader, build_val_loader
 from stage2.data.clip_sampler import ClipSampler
 from stage2.data.clip_sources import ImageClips, VideoClips
 from stage2.data.sav_dataset import ClipDataset
 from stage2.data.video_set import VideoSet, open_video_set
+from stage2.feature_cache import FeatureCache, fill_feature_cache, release_backbone
 from stage2.settings import clip_spec, look_spec, val_clip_spec, video_settings
 
 IMAGE_KINDS = ("sa1b", "sa1b_tar")
@@ -103,8 +107,45 @@ def clip_sampler(cfg: CfgNode, clips: TrainingClips, rank: int, world_size: int)
     )
 
 
+def fill_cache(
+    cfg: CfgNode, clips: TrainingClips, cache: FeatureCache, model: EfficientSam3Train, run: RunContext
+) -> None:
+    """Compute the features that the cache lacks, and let the backbone go if nothing else needs it. Collective.
+
+    Videos that cannot be read are met again, counted and replaced when clips of them are drawn.
+
+    Raises:
+        UserError: If the disk is too small, or a file cannot be written.
+    """
+    for videos in filter(None, (clips.train, clips.val)):
+        fill_feature_cache(
+            cache,
+            model,
+            videos,
+            frames_at_once=cfg.FORWARD.FRAMES_AT_ONCE,
+            dtype=trunk_dtype(cfg, run),
+            rank=run.rank,
+            world_size=run.world_size,
+            shows_progress=run.is_main,
+        )
+    if clips.images is None:
+        release_backbone(model)
+
+
+def trunk_dtype(cfg: CfgNode, run: RunContext) -> torch.dtype | None:
+    """What the frozen backbone computes in; None: in float32."""
+    dtype = pick_dtype(cfg, run.device)
+    return None if dtype == torch.float32 else dtype
+
+
 def build_loaders(
-    cfg: CfgNode, clips: TrainingClips, preprocess: Preprocess, mask_side: int, run: RunContext, output: Path
+    cfg: CfgNode,
+    clips: TrainingClips,
+    preprocess: Preprocess,
+    mask_side: int,
+    run: RunContext,
+    output: Path,
+    cache: FeatureCache | None = None,
 ) -> tuple[EpochLoader, EpochLoader | None]:
     """Loaders of this rank for training and, where wanted, validation.
 
@@ -115,10 +156,11 @@ def build_loaders(
         mask_side: That of the mask decoder's logits.
         run: This process.
         output: The run's folder, which lists the videos that turn out to be bad.
+        cache: Features of all annotated frames, which then are not decoded; None: there is none.
     """
     data, spec, look = cfg.DATA, clip_spec(cfg), look_spec(cfg)
     images = None if clips.images is None else ImageClips(clips.images, spec, preprocess, mask_side, look)
-    videos = VideoClips(clips.train, spec, preprocess, mask_side, look)
+    videos = VideoClips(clips.train, spec, preprocess, mask_side, look, cache)
     how = {"num_workers": data.NUM_WORKERS, "prefetch_factor": data.PREFETCH_FACTOR, "pin_memory": data.PIN_MEMORY}
     train = build_train_loader(
         ClipDataset(videos, images, seed=cfg.SEED, on_bad=data.ON_BAD),
@@ -129,7 +171,7 @@ def build_loaders(
     )
     if clips.val is None:
         return train, None
-    held_out = VideoClips(clips.val, val_clip_spec(cfg), preprocess, mask_side)
+    held_out = VideoClips(clips.val, val_clip_spec(cfg), preprocess, mask_side, features=cache)
     val = build_val_loader(
         ClipDataset(held_out, seed=cfg.SEED, on_bad=data.ON_BAD, is_fixed=True),
         data.BATCH_SIZE,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures_data import make_sa1b_tree
 from torch import Tensor
 from training_world import BACKBONE, TINY, MemoryWorld, train_memory
 
@@ -17,10 +18,11 @@ from sam3.model.efficient_sam3_model_builder import (
     build_efficient_sam3_train,
     load_efficient_sam3_checkpoint,
 )
-from sam3.model.efficient_sam3_train import is_trained
+from sam3.model.efficient_sam3_train import EfficientSam3Train, is_trained
 from sam3_train.checkpoint import load_checkpoint
 from sam3_train.log import read_metrics
 from sam3_train.trainer import Trainer
+from stage2.config import get_defaults
 from stage2.trained_memory import read_trained_memory
 
 
@@ -167,3 +169,59 @@ def test_a_fraction_of_the_videos_is_one_at_least(
     assert train_memory(cfg, tmp_path / "run", *words) == 0
     shown = capsys.readouterr().out
     assert f"{max(1, round(float(fraction) * 4))} train" in shown and "(1 epochs of 1)" in shown
+
+
+def test_a_run_on_cached_features_does_not_need_the_backbone(
+    finished: Path, memory_world: MemoryWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """D-121: they are computed once; the second run never asks the backbone."""
+    plain = {f"AUGMENT__{name}": 0.0 for name in get_defaults().AUGMENT}
+    cfg = memory_world.config("cached", DATA__FEATURE_CACHE=tmp_path / "cache", FORWARD__FEATURE_SCALE=0.0, **plain)
+    assert train_memory(cfg, tmp_path / "first") == 0
+    files = sorted((tmp_path / "cache").rglob("*.npy"))
+    assert len(files) == 5
+    monkeypatch.setattr(EfficientSam3Train, "clip_features", lambda *args, **kwargs: pytest.fail("asked the backbone"))
+    assert train_memory(cfg, tmp_path / "second") == 0
+    first, second = (weights_of(tmp_path / name / "model_final.pth") for name in ("first", "second"))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    record = json.loads((tmp_path / "first/config.json").read_text())
+    assert record["feature_scale"] > 0 and record["feature_scale"] != 1.0
+
+
+def test_distillation_images_and_an_average_in_one_run(memory_world: MemoryWorld, tmp_path: Path) -> None:
+    """The optional parts together: the full memory as teacher, images as still clips, both more losses, EMA."""
+    photos = make_sa1b_tree(tmp_path / "photos", train=range(2), val=range(0))
+    cfg = memory_world.config(
+        "all",
+        DATA__IMAGES_PATH=photos,
+        DATA__IMAGE_SHARE=0.5,
+        LOSS__TEMPORAL=0.1,
+        LOSS__RECONSTRUCTION=0.1,
+        LOSS__ABSENT=0.5,
+        DISTILL__MASK=0.5,
+        DISTILL__FEATURES=0.1,
+        DISTILL__POINTERS=0.1,
+        TRAIN__EMA_DECAY=0.5,
+        VAL__ENABLE=False,
+    )
+    run = tmp_path / "run"
+    assert train_memory(cfg, run) == 0
+    steps = read_metrics(run, "train")
+    assert len(steps) == 4, "two batches of clips, two of images"
+    terms = {"temporal", "reconstruction", "absent", "teacher_mask", "teacher_features", "teacher_pointers"}
+    assert terms <= set().union(*steps)
+    state = load_checkpoint(run / "ckpt_epoch_0.pth")
+    final = read_trained_memory(run / "model_final.pth")
+    assert final.is_ema and not final.left_out
+    assert all(torch.equal(value, state["ema"][name]) for name, value in final.weights.items())
+    assert not all(torch.equal(value, state["model"][name]) for name, value in final.weights.items())
+
+
+def test_a_trained_memory_is_trained_on(finished: Path, memory_world: MemoryWorld, tmp_path: Path) -> None:
+    """--pretrained starts from its weights; a new run's counters start at zero."""
+    cfg = memory_world.config("more", TRAIN__BASE_LR=0.0, TRAIN__WARMUP_LR=0.0, TRAIN__MIN_LR=0.0, VAL__ENABLE=False)
+    words = ["--pretrained", str(finished / "model_final.pth"), "--max-steps", "1"]
+    assert train_memory(cfg, tmp_path / "run", *words) == 0
+    start, end = weights_of(finished / "model_final.pth"), weights_of(tmp_path / "run/model_final.pth")
+    assert all(torch.equal(value, end[name]) for name, value in start.items())
+    assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1]
