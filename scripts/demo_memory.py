@@ -37,8 +37,8 @@ def compare_memories(path: Path, world: Path, settings: Mapping[str, Any], run: 
     clips = read_clips(world / "clips" / "test", settings["num_clips"])
     if not clips:
         raise UserError(f"{world} has no test clips to track: make it with --test-clips")
-    models = [sam3.load_model(path, "cpu", memory=kind) for kind in ("full", "efficient")]
-    tracking = compare_tracking(*models, clips, settings["num_shown_clips"], shares_trunk=True)
+    models = tuple(sam3.load_model(path, "cpu", memory=kind) for kind in ("full", "efficient"))
+    tracking = compare_tracking(models[0], models[1], clips, settings["num_shown_clips"], shares_trunk=True)
     full, compressed = (stored_memory(model, clips[0]) for model in models)
     return MemoryComparison(
         scores=[MemoryScore(score.prompt, score.teacher, score.student) for score in tracking.scores],
@@ -60,6 +60,7 @@ def stored_memory(model: Any, clip: EvalClip) -> StoredMemory:
     for _ in predictor.propagate_in_video(state):
         pass
     ((record, *_),) = [list(group.bank.cond.values()) for group in state.groups]
+    assert record.maskmem_features is not None, "the session has encoded the frame"
     memory: torch.Tensor = record.maskmem_features[0]
     tokens = memory.shape[0] if memory.ndim == 2 else memory[0].numel()
     return StoredMemory(int(tokens), memory.numel() * memory.element_size())
@@ -72,7 +73,7 @@ def loss_chart(run: Path) -> str:
         UserError: If the run has logged nothing.
     """
     records: Sequence[Mapping[str, Any]] = read_metrics(run, "train")
-    series = []
+    series: list[Series] = []
     for term, words in CHART_TERMS.items():
         kept = [record for record in records if record.get(term) is not None]
         if kept:
