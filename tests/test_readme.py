@@ -23,11 +23,12 @@ from sam3.config import StudentConfig
 from sam3.model.student_encoder import build_student
 from stage1.config import get_defaults
 from stage1_geometry_finetune.config import get_defaults as geometry_defaults
+from stage2.config import get_defaults as memory_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = [ROOT / "README.md", *sorted((ROOT / "data").glob("**/README.md"))]
 # Made by a run or brought by the user: in the documentation, not in the repository.
-MADE_LATER = ("output/", "sam3_checkpoints/", "data/sa-1b", "data/coco", "photos/", ".venv", "embeddings/")
+MADE_LATER = ("output/", "sam3_checkpoints/", "data/sa-1b", "data/sa-v", "data/coco", "photos/", ".venv", "embeddings/")
 WORDS_OF_LAUNCHERS = re.compile(r"^([A-Z][A-Z0-9_]*)=(.*)$", re.S)
 
 
@@ -114,8 +115,9 @@ def test_documented_commands_name_real_scripts_flags_and_keys(command):
 
 
 def test_documented_settings_exist():
-    known = {*setting_names(get_defaults()), *setting_names(geometry_defaults())}
-    quoted = set(re.findall(r"\b((?:DATA|MODEL|DISTILL|PROMPTS|TRAIN|VAL)(?:\.[A-Z][A-Z0-9_]+)+)\b", ALL_TEXT))
+    known = {name for stage in (get_defaults, geometry_defaults, memory_defaults) for name in setting_names(stage())}
+    sections = "DATA|MODEL|CLIPS|DISTILL|LOSS|PROMPTS|TRAIN|VAL"
+    quoted = set(re.findall(rf"\b((?:{sections})(?:\.[A-Z][A-Z0-9_]+)+)\b", ALL_TEXT))
     assert quoted
     for dotted in quoted:
         is_section = any(name.startswith(dotted + ".") for name in known)
@@ -169,7 +171,12 @@ def test_the_tree_lists_real_files_and_every_folder():
 
 
 @pytest.mark.parametrize(
-    ("stage", "base"), [("stage1", "base_stage1"), ("stage1_geometry_finetune", "base_geometry_finetune")]
+    ("stage", "base"),
+    [
+        ("stage1", "base_stage1"),
+        ("stage1_geometry_finetune", "base_geometry_finetune"),
+        ("stage2", "base_memory"),
+    ],
 )
 def test_the_tree_speaks_of_every_config(stage, base):
     (line,) = re.findall(rf"^  configs/ +({base}.*)$", ALL_TEXT, re.M)
