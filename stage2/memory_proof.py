@@ -30,7 +30,7 @@ from sam3_train.errors import UserError
 from sam3_train.merged_proof import TOLERANCE, relative_difference
 from stage2.trained_memory import TrainedMemory
 
-NUM_FRAMES = 4
+NUM_FRAMES = 3
 _SIZE_HW = (144, 192)
 _SIDE_PX = 48
 
