@@ -21,7 +21,7 @@ from stage2.merge import MergeRequest, merge_files
 from stage2.run import FINAL_NAME
 from stage2.verification import NUM_CLIPS, NUM_FRAMES, VIDEO_NAMES, Verification
 
-_STEPS = 12
+_STEPS = 8
 _FALL = 0.9
 """The loss of the same clips after `_STEPS` steps, as a share of the first one, must be below this."""
 

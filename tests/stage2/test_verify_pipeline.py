@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from torch import nn
-from training_world import TEACHER_FILE
+from training_world import TEACHER_FILE, MemoryWorld
 
 from sam3.model.efficient_sam3_train import EfficientSam3Train
 from sam3.model.prompt_sampling import PointPrompts
@@ -24,8 +24,8 @@ def verification(tmp_path: Path) -> Iterator[Verification]:
         yield Verification(run, tmp_path, TEACHER_FILE, DEFAULT_CONFIG)
 
 
-def test_all_is_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(["--device", "cpu", "--output_dir", str(tmp_path)])
+def test_all_is_well(memory_world: MemoryWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["--device", "cpu", "--sam3_checkpoint", str(memory_world.base), "--output_dir", str(tmp_path)])
     shown = capsys.readouterr().out
     assert code == 0, shown
     for name, _ in CHECKS:
