@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,8 @@ class Learner:
                 value = buffer.detach().contiguous().clone()
                 dist.broadcast(value.view(-1).view(torch.uint8), 0)
                 buffer.copy_(value)
+            for parameter in self._parameters:
+                parameter.register_hook(_in_layout_of(parameter))
             # BatchNorm statistics are averaged by BatchNormStatistics, which also sees ranks other than 0.
             self._wrapped = DistributedDataParallel(
                 self.task,
@@ -250,3 +252,18 @@ def _ema_decay(decay: float) -> float:
     if not 0.0 < decay < 1.0:
         raise UserError(f"TRAIN.EMA_DECAY must lie between 0 (off) and 1, got {decay}")
     return decay
+
+
+def _in_layout_of(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+    """A hook that gives a gradient the strides of its parameter.
+
+    Gradients of depthwise kernels may have others along their dimension of one, which torch takes for the same layout;
+    DDP does not, warns about it in every run, and copies.
+    """
+
+    def hook(gradient: Tensor) -> Tensor:
+        if gradient.stride() == parameter.stride():
+            return gradient
+        return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+
+    return hook

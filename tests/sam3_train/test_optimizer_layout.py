@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sam3_train.config import training_defaults
+from sam3_train.learner import _in_layout_of
 from sam3_train.optim import build_optimizer, load_optimizer_state, parameter_groups
 
 
@@ -43,3 +44,14 @@ def test_a_channels_last_weight_continues_with_its_own_moments():
     step(resumed, fresh)
     for mine, theirs in zip(resumed.parameters(), network.parameters(), strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_gradients_get_the_strides_of_their_parameters():
+    """Of a depthwise kernel torch may give (9, 1, 3, 1) for (9, 9, 3, 1), which DDP takes for another layout."""
+    kernel = torch.nn.Parameter(torch.zeros(4, 1, 3, 3))
+    values = torch.arange(36.0).view(4, 1, 3, 3)
+    odd = values.as_strided((4, 1, 3, 3), (9, 1, 3, 1))
+    assert odd.is_contiguous() and odd.stride() != kernel.stride()
+    settled = _in_layout_of(kernel)(odd)
+    assert settled.stride() == kernel.stride() and torch.equal(settled, values)
+    assert _in_layout_of(kernel)(values) is values
