@@ -8,6 +8,8 @@ has nothing to teach.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from sam3.devices import find_device
 from sam3.loading import load_model
 from sam3.model.clip_forward import ClipResult
 from sam3.model.efficient_sam3_tracker import EfficientSam3Tracker
-from sam3.model.sam3_tracker import Sam3Tracker
+from sam3.model.memory_bank import FrameRecord, MemoryBank
+from sam3.model.sam3_tracker import Sam3Tracker, TrackerFeatures
 from sam3.sam.mask_decoder import SamOutput
 from sam3_train.clip_judging import tracked_ious
 from sam3_train.losses import dice_loss
@@ -89,8 +92,7 @@ def distillation_terms(
         raise ValueError(f"student and teacher follow different plans: {student.plan} and {teacher.plan}")
     frames = sorted(student.conditioned)
     zero = coverage_tbhw.new_zeros(())
-    ious, is_tracked = tracked_ious(teacher, coverage_tbhw)
-    trust_tb = torch.where(is_tracked, ious, torch.ones_like(ious))
+    trust_tb = _trust(teacher, coverage_tbhw)
     terms: dict[str, list[Tensor]] = {}
     for t in frames:
         trust = trust_tb[t]
@@ -107,6 +109,50 @@ def distillation_terms(
     return {name: torch.stack(terms[name]).mean() if name in terms else zero for name in names}
 
 
+def forced_features(
+    student: EfficientSam3Tracker, features: Sequence[TrackerFeatures], teacher: ClipResult, video_frames: int
+) -> dict[int, Tensor]:
+    """Frames as the student's memory shows them if it stores what the teacher has stored: the same masks, compressed.
+
+    Neither masks are decoded nor memories encoded, so that this costs little, and an error on one frame is not carried
+    to the next.
+
+    Args:
+        student: Compresses, and reads what it has compressed.
+        features: Of each frame.
+        teacher: Of the same clip, its memories not compressed.
+        video_frames: Length of the video that the clip stands for.
+
+    Returns:
+        (B, C, G, G) of each frame that the teacher has read a memory on, by frame.
+    """
+    told, plan = teacher.bank.cond | teacher.bank.non_cond, teacher.plan
+    own = {t: _compressed(student, record) for t, record in told.items()}
+    found = {}
+    for t in sorted(teacher.conditioned):
+        before = {u: record for u, record in own.items() if u < t or u in plan.prompted}
+        bank = MemoryBank()
+        for u, record in before.items():
+            (bank.cond if u in teacher.bank.cond else bank.non_cond)[u] = record
+        found[t] = student.condition(t, features[t], bank, max(video_frames, len(features)))
+    return found
+
+
+def forced_error(
+    student: EfficientSam3Tracker,
+    features: Sequence[TrackerFeatures],
+    teacher: ClipResult,
+    coverage_tbhw: Tensor,
+    video_frames: int,
+) -> Tensor:
+    """How far `forced_features` are from the teacher's, as in ``teacher_features`` of `distillation_terms`."""
+    found = forced_features(student, features, teacher, video_frames)
+    if not found:
+        return coverage_tbhw.new_zeros(())
+    trust = _trust(teacher, coverage_tbhw)
+    return torch.stack([(_feature_error(found[t], teacher.conditioned[t]) * trust[t]).mean() for t in found]).mean()
+
+
 def distillation_loss(terms: dict[str, Tensor], weights: DistillWeights) -> Tensor:
     """The weighted sum of `distillation_terms`."""
     return sum((getattr(weights, name.removeprefix("teacher_")) * v for name, v in terms.items()), torch.zeros(()))
@@ -114,6 +160,18 @@ def distillation_loss(terms: dict[str, Tensor], weights: DistillWeights) -> Tens
 
 def _first_answer(result: ClipResult, t: int) -> SamOutput:
     return next(sam for frame, sam in result.answers if frame == t)
+
+
+def _trust(teacher: ClipResult, coverage_tbhw: Tensor) -> Tensor:
+    """What each object counts on each frame, (T, B)."""
+    ious, is_tracked = tracked_ious(teacher, coverage_tbhw)
+    return torch.where(is_tracked, ious, torch.ones_like(ious))
+
+
+def _compressed(student: EfficientSam3Tracker, record: FrameRecord) -> FrameRecord:
+    dense = record.maskmem_features
+    assert dense is not None, "forward_clip makes every frame's memory"
+    return dataclasses.replace(record, maskmem_features=student.compress(dense.to(student.maskmem_tpos_enc.dtype)))
 
 
 def _trusted(error_b: Tensor, trust_b: Tensor) -> Tensor:

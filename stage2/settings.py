@@ -64,6 +64,8 @@ def curriculum(cfg: CfgNode) -> tuple[tuple[int, int], ...]:
     lengths, epochs = cfg.CLIPS.LENGTHS, cfg.CLIPS.LENGTH_EPOCHS
     if not lengths:
         raise UserError("CLIPS.LENGTHS is empty: name at least one number of frames")
+    if min(lengths) < 1:
+        raise UserError(f"CLIPS.LENGTHS {list(lengths)}: a clip has at least one frame")
     if not epochs:
         epochs = [i * cfg.TRAIN.EPOCHS // len(lengths) for i in range(len(lengths))]
         return tuple(dict(zip(epochs, lengths, strict=True)).items())  # a short run leaves lengths out
@@ -235,6 +237,7 @@ def task_options(cfg: CfgNode, feature_dtype: torch.dtype | None = None, feature
             distill=distill,
             video_frames=forward.VIDEO_FRAMES,
             presence_steps=forward.PRESENCE_STEPS,
+            forced_steps=cfg.DISTILL.FORCED_STEPS,
             through_masks=forward.THROUGH_MASKS,
             still_frames=forward.STILL_FRAMES,
             frames_at_once=forward.FRAMES_AT_ONCE,

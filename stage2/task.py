@@ -7,8 +7,7 @@ frames -> backbone -> features --+-> memory attention -> SAM heads -> masks ~ tr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,13 +20,14 @@ from sam3.model.sam3_tracker import Sam3Tracker
 from sam3.model.tracker_memory import TrackerFeatures
 from sam3_train.checkpoint import load_strict
 from sam3_train.clip_judging import absent_loss, judged_answers, tracked_ious
-from sam3_train.errors import UserError, user_error_types
+from sam3_train.errors import UserError
 from sam3_train.metrics import image_means
 from sam3_train.task import Task, freeze
 from sam3_train.tracking_losses import tracking_losses
 from sam3_train.video_metrics import score_clip
+from stage2.batch_errors import naming_videos
 from stage2.data.clip_batch import ClipBatch
-from stage2.distill import DistillWeights, distillation_loss, distillation_terms
+from stage2.distill import DistillWeights, distillation_loss, distillation_terms, forced_error
 from stage2.losses import (
     MemoryDecoder,
     Stage2LossWeights,
@@ -35,6 +35,7 @@ from stage2.losses import (
     temporal_loss,
     watched_compressions,
 )
+from stage2.start_memory import play_clips, start_from_full
 
 _MODEL = "model."
 _ADDED_TO_FEATURES = (".out_proj.weight", ".linear2.weight")
@@ -43,11 +44,6 @@ _SCALES_LIKE_FEATURES = ("memory_attention.norm.",)
 _READS_FEATURES = ("maskmem_backbone.pix_feat_proj.",)
 _TABLES = ("spatial_perceiver.latents", "maskmem_tpos_enc", "no_obj_embed_spatial")
 _MOST_SCALE = 30.0
-_SHOWN_NAMES = 4
-
-
-class BatchError(RuntimeError):
-    """Something went wrong on a batch; the message names its videos."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +58,9 @@ class Stage2Options:
     presence_steps: int = 0
     """For so many first steps memories are written as if the object score were right: the frozen score may find
     everything absent as long as the memory is bad, and nothing is then learned from what masks leave in it."""
+    forced_steps: int = 0
+    """For so many first steps the memory stores what the teacher has stored, compressed, and only the features behind
+    the memory attention are compared with the teacher's: `stage2.distill.forced_features`."""
     through_masks: bool = False
     """Let gradients of later frames pass through the masks that memories are made of."""
     still_frames: int = 2
@@ -83,8 +82,11 @@ class Stage2Options:
             for name in ("video_frames", "still_frames", "frames_at_once")
             if getattr(self, name) < 1
         ]
-        if self.presence_steps < 0:
-            problems.append("presence_steps must be at least 0")
+        problems += [
+            f"{name} must be at least 0" for name in ("presence_steps", "forced_steps") if getattr(self, name) < 0
+        ]
+        if self.forced_steps and not self.distill.features:
+            problems.append(f"{self.forced_steps} forced_steps compare features alone, whose weight is 0")
         if not self.feature_scale > 0:
             problems.append(f"feature_scale must be positive, got {self.feature_scale}")
         if not self.val_kinds or set(self.val_kinds) - set(PROMPT_KINDS):
@@ -124,6 +126,11 @@ class Stage2Task(Task):
         for name, child in model.named_children():
             if not is_trained(name + "."):
                 freeze(child)
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.ndim == 4:
+                # Gradients of depthwise convolutions come with other strides in the dimension of size 1, which makes
+                # DistributedDataParallel complain.
+                parameter.register_hook(lambda grad: grad.clone(memory_format=torch.contiguous_format))
         self._teacher = [teacher] if teacher is not None and self.options.distill.is_on else []
         self.memory_decoder: MemoryDecoder | None = None
         if self.options.losses.reconstruction:
@@ -159,13 +166,17 @@ class Stage2Task(Task):
 
     def _judge(self, clips: ClipBatch) -> dict[str, Tensor]:
         options, weights = self.options, self.options.losses
-        features, coverage = self._played(clips)
+        features, coverage = self.tracked_rows(clips)
         plan = draw_plan(len(features), options.prompting)
-        seed = int(torch.randint(2**62, ()))
-        is_present_forced = int(self.steps_done) < options.presence_steps
-        with watched_compressions(self.model) as compressions:
-            result = self._play(self.model, features, coverage, plan, seed, is_present_forced)
+        seed, step = int(torch.randint(2**62, ())), int(self.steps_done)
         self.steps_done += 1
+        taught = self._teach(features, coverage, plan, seed)
+        if step < options.forced_steps and taught is not None:
+            error = forced_error(self.model, features, taught, coverage, options.video_frames)
+            loss = options.distill.features * error
+            return {"loss": loss + 0.0 * self._nothing(), "teacher_features": error}
+        with watched_compressions(self.model) as compressions:
+            result = self._play(self.model, features, coverage, plan, seed, step < options.presence_steps)
         terms = tracking_losses(judged_answers(result, coverage), weights) if result.answers else self._no_terms()
         if weights.absent:
             terms["absent"] = absent_loss(judged_answers(result, coverage)) if result.answers else terms["loss"] * 0.0
@@ -176,25 +187,34 @@ class Stage2Task(Task):
         for name in ("absent", "temporal", "reconstruction"):
             if name in terms:
                 terms["loss"] = terms["loss"] + getattr(weights, name) * terms[name]
-        if self.teacher is not None:
-            with torch.no_grad():
-                wanted = self._play(self.teacher, features, coverage, plan, seed, False)
-            taught = distillation_terms(result, wanted, coverage, options.distill)
-            terms |= taught
-            terms["loss"] = terms["loss"] + distillation_loss(taught, options.distill).to(terms["loss"].device)
-        # Not every part acts in every clip (an image alone reads no memory, objects that are never absent need no
-        # embedding of absence), but every rank must have a gradient of every parameter.
-        nothing = sum((p.float().sum() for p in self.parameters() if p.requires_grad), terms["loss"].new_zeros(()))
-        terms["loss"] = terms["loss"] + 0.0 * nothing
+        if taught is not None:
+            compared = distillation_terms(result, taught, coverage, options.distill)
+            terms |= compared
+            terms["loss"] = terms["loss"] + distillation_loss(compared, options.distill).to(terms["loss"].device)
+        terms["loss"] = terms["loss"] + 0.0 * self._nothing()
         ious, is_tracked = tracked_ious(result, coverage)
         return {**terms, "iou_tracked": ious[is_tracked].mean()}
+
+    def _nothing(self) -> Tensor:
+        """A number that every trained parameter has a gradient of.
+
+        Not every part acts in every clip (an image alone reads no memory, objects that are never absent need no
+        embedding of absence), but every rank must have a gradient of every parameter.
+        """
+        sums = [parameter.float().sum() for parameter in self.parameters() if parameter.requires_grad]
+        return torch.stack(sums).sum()
+
+    @torch.no_grad()
+    def _teach(self, features: list[TrackerFeatures], coverage: Tensor, plan: ClipPlan, seed: int) -> ClipResult | None:
+        """What the teacher makes of the clip, where there is one."""
+        return None if self.teacher is None else self._play(self.teacher, features, coverage, plan, seed, False)
 
     def _no_terms(self) -> dict[str, Tensor]:
         """Of a clip whose every frame has a mask prompt: there was nothing to answer."""
         zero = self.model.no_mem_embed.new_zeros(())
         return {name: zero.clone() for name in ("loss", "focal", "dice", "iou", "object_score")}
 
-    def _played(self, clips: ClipBatch) -> tuple[list[TrackerFeatures], Tensor]:
+    def tracked_rows(self, clips: ClipBatch) -> tuple[list[TrackerFeatures], Tensor]:
         """Features with a row for each object, and coverage, of what is tracked: an image is played as a still clip."""
         features = features_of_objects(self._features(clips), clips.clip_of_object)
         coverage = clips.coverage_tbhw()
@@ -235,6 +255,28 @@ class Stage2Task(Task):
             generator=torch.Generator().manual_seed(seed),
         )
 
+    def start_from_full(self, full: Sam3Tracker, batches: Iterable[dict[str, Any]]) -> float:
+        """Let the memory start as near to the full one as can be written down: `stage2.start_memory`.
+
+        Args:
+            full: The full tracker of the same file, on the same device.
+            batches: A few, as `forward` takes them; their first frames are prompted with masks.
+
+        Returns:
+            How far the features behind the memory attention are from the full memory's, as there.
+
+        Raises:
+            UserError: If none of the clips has a second frame.
+        """
+        played = []
+        for batch in batches:
+            with naming_videos(batch):
+                played.append(play_clips(full, *self.tracked_rows(batch["clips"])))
+        try:
+            return start_from_full(self.model, full, played)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
     # --- validation ---------------------------------------------------------------------------------------------------
 
     def validate(self, batch: dict[str, Any]) -> dict[str, Tensor]:
@@ -246,7 +288,7 @@ class Stage2Task(Task):
         """
         with naming_videos(batch):
             clips: ClipBatch = batch["clips"]
-            features, coverage = self._played(clips)
+            features, coverage = self.tracked_rows(clips)
             found: dict[str, list[Tensor]] = {"j_and_f": [], "iou": []}
             values = {}
             for kind in self.options.val_kinds:
@@ -322,29 +364,6 @@ def measure_feature_scale(
     if not squares > 0.0:
         raise UserError("the coarse features of the first clips do not vary: check the checkpoint and the frames")
     return (squares / count) ** 0.5
-
-
-@contextmanager
-def naming_videos(batch: Mapping[str, Any]) -> Iterator[None]:
-    """Whatever goes wrong inside the block is told with the batch's videos; nothing is skipped."""
-    try:
-        yield
-    except user_error_types():
-        raise
-    except torch.OutOfMemoryError as error:
-        clips: ClipBatch = batch["clips"]
-        raise UserError(
-            f"out of memory on {clips.num_clips} clips of {clips.length} frames with {clips.num_objects} objects in "
-            f"all ({_videos(batch)}): lower the batch size, CLIPS.MAX_OBJECTS or the length of clips"
-        ) from error
-    except Exception as error:
-        raise BatchError(f"a batch of {_videos(batch)} failed: {type(error).__name__}: {error}") from error
-
-
-def _videos(batch: Mapping[str, Any]) -> str:
-    names = list(dict.fromkeys(batch.get("key", ())))
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return "the videos " + ", ".join(names[:_SHOWN_NAMES]) + more
 
 
 def _is_frozen_name(name: str) -> bool:

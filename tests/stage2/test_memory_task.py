@@ -21,10 +21,11 @@ from sam3.model.efficient_sam3_train import EfficientSam3Train, is_trained
 from sam3.model.sam3_tracker import Sam3Tracker
 from sam3_train.errors import UserError
 from sam3_train.optim import parameter_groups
+from stage2.batch_errors import BatchError
 from stage2.data.clip_batch import collate_clips
 from stage2.distill import DistillWeights, full_memory_teacher
 from stage2.losses import Stage2LossWeights
-from stage2.task import BatchError, Stage2Options, Stage2Task, measure_feature_scale
+from stage2.task import Stage2Options, Stage2Task, measure_feature_scale
 
 MEMORY = EfficientMemoryConfig(perceiver_head_dim=16, num_heads=4, mlp_dim=128, num_latents=8)
 FEW_CLICKS = ClipPrompting(num_corrected=(0, 1), clicks_per_frame=1)
@@ -254,7 +255,7 @@ def test_frames_without_memory_are_the_same_for_teacher_and_student(
 ) -> None:
     """What differs between them is the memory and nothing else."""
     task = Stage2Task(model.eval())
-    features, coverage = task._played(make_batch(2)["clips"])
+    features, coverage = task.tracked_rows(make_batch(2)["clips"])
     for kind in ("box", "click"):
         plan = ClipPlan(kind, (0, 1))
         own, theirs = (task._play(each, features, coverage, plan, 0, False) for each in (model, teacher))
