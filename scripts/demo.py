@@ -29,7 +29,7 @@ TEACHER = Path("data/demo/tiny_teacher.safetensors")
 TEACHER_CFG = Path("stage1/configs/teacher/demo_tiny.yaml")
 STUDENT_CFG = Path("stage1/configs/demo_cnn.yaml")
 FINETUNE_CFG = Path("stage1_geometry_finetune/configs/demo_cnn.yaml")
-MEMORY_CFG = Path("stage2/configs/demo_tiny.yaml")
+MEMORY_CFG = Path("stage2/configs/demo_cnn.yaml")
 STUDENT = "demo_cnn"
 LAUNCH_SOURCES = (Path("scripts/launch.sh"), Path("sam3/sam3_train/torchrun.py"))
 # Two processes of one thread each beat one of two on networks this small, and show that every step is distributed.
