@@ -126,11 +126,6 @@ class Stage2Task(Task):
         for name, child in model.named_children():
             if not is_trained(name + "."):
                 freeze(child)
-        for parameter in model.parameters():
-            if parameter.requires_grad and parameter.ndim == 4:
-                # Gradients of depthwise convolutions come with other strides in the dimension of size 1, which makes
-                # DistributedDataParallel complain.
-                parameter.register_hook(lambda grad: grad.clone(memory_format=torch.contiguous_format))
         self._teacher = [teacher] if teacher is not None and self.options.distill.is_on else []
         self.memory_decoder: MemoryDecoder | None = None
         if self.options.losses.reconstruction:
