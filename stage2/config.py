@@ -44,6 +44,10 @@ def _model_defaults() -> CfgNode:
     model.NAME = ""  # short name of the run; names the default run directory
     # SAM 3 itself, or a student of an earlier stage merged into it: its backbone is the one that is tracked with.
     model.SAM3_CHECKPOINT = ""
+    # How a new memory starts: full (as near to the full memory of the file as can be written down) | fresh (memory
+    # encoder and norm alone from it). A memory that the file or PRETRAINED holds is trained on.
+    model.START = "full"
+    model.START_CLIPS = 12  # of one video each, that the full memory plays for its start
     model.PRETRAINED = ""  # a memory of an earlier run to start from, such as its model_final.pth; empty: SAM 3's start
     model.RESUME = ""  # training checkpoint to continue from; empty: the run directory's own, if TRAIN.AUTO_RESUME
     model.MEMORY = _memory_defaults()

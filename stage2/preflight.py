@@ -20,6 +20,8 @@ from sam3.recognition import Recognised, recognise
 from sam3_train.errors import UserError, attempt
 from stage2.settings import clip_spec, distill_weights, look_spec, memory_config, task_options, val_clip_spec
 
+STARTS = ("full", "fresh")
+
 
 @dataclass(frozen=True)
 class BaseFile:
@@ -62,11 +64,14 @@ def check_settings(cfg: CfgNode, problems: list[str], is_main: bool = True) -> N
         ("DATA.CLIPS_PER_VIDEO", data.CLIPS_PER_VIDEO, data.CLIPS_PER_VIDEO >= 1),
         ("DATA.IMAGE_SHARE", data.IMAGE_SHARE, 0 <= data.IMAGE_SHARE < 1),
         ("DATA.VAL_NUM_VIDEOS", data.VAL_NUM_VIDEOS, data.VAL_NUM_VIDEOS == -1 or data.VAL_NUM_VIDEOS >= 1),
+        ("MODEL.START_CLIPS", cfg.MODEL.START_CLIPS, cfg.MODEL.START_CLIPS >= 1),
         ("FORWARD.FRAMES_AT_ONCE", cfg.FORWARD.FRAMES_AT_ONCE, cfg.FORWARD.FRAMES_AT_ONCE >= 1),
         ("FORWARD.FEATURE_SCALE", cfg.FORWARD.FEATURE_SCALE, 0 <= cfg.FORWARD.FEATURE_SCALE < float("inf")),
     ):
         if not is_fine:
             problems.append(f"{key}: {value} is out of range")
+    if cfg.MODEL.START not in STARTS:
+        problems.append(f"MODEL.START {cfg.MODEL.START!r} is not one of {', '.join(STARTS)}")
     if data.IMAGE_SHARE > 0 and not data.IMAGES_PATH:
         problems.append(f"DATA.IMAGE_SHARE {data.IMAGE_SHARE:g}: images are asked for, but DATA.IMAGES_PATH is empty")
     if data.IMAGES_PATH and not data.IMAGE_SHARE > 0:

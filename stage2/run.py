@@ -7,40 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from yacs.config import CfgNode
 
 from sam3.checkpoint_io import sha256_file
-from sam3.model.efficient_sam3_model_builder import build_efficient_sam3_train, save_efficient_sam3_checkpoint
-from sam3.model.efficient_sam3_train import EfficientSam3Train
-from sam3.model.sam3_tracker import Sam3Tracker
-from sam3_train.checkpoint import CheckpointManager, load_common, load_strict
+from sam3.model.efficient_sam3_model_builder import save_efficient_sam3_checkpoint
+from sam3_train.checkpoint import CheckpointManager, load_common
 from sam3_train.config import apply_flags, config_to_dict, load_config, write_run_record
-from sam3_train.data.epoch_loader import EpochLoader
 from sam3_train.distributed import RunContext, broadcast_object
 from sam3_train.errors import UserError, attempt, require_no_problems
 from sam3_train.learner import Member
 from sam3_train.loop import fit_many
 from sam3_train.rng import seed_everything
 from sam3_train.run_lock import RunLock
-from sam3_train.task import to_device
 from sam3_train.training_data import check_disk
-from sam3_train.training_plan import resume_refusals, resume_states
+from sam3_train.training_plan import resume_refusals, resume_states, resumes
 from stage2.base_file import frozen_sha256
 from stage2.config import get_defaults
-from stage2.data.clip_batch import collate_clips
-from stage2.distill import full_memory_teacher
 from stage2.feature_cache import FeatureCache
 from stage2.plan import MemoryPlan, build_plan, plan_lines
 from stage2.preflight import BaseFile, check_settings, read_base
-from stage2.settings import task_options
-from stage2.task import Stage2Task, measure_feature_scale
+from stage2.starting_task import build_model, build_task
+from stage2.task import Stage2Task
 from stage2.trained_memory import STAGE, read_trained_memory
 from stage2.training_clips import TrainingClips, build_loaders, clip_sampler, fill_cache, open_clips, trunk_dtype
 
 FINAL_NAME = "model_final.pth"
 """The trained memory with the heads that it was trained with, its description and where it comes from."""
-_SCALE_CLIPS = 4
 
 
 @dataclass(frozen=True)
@@ -147,14 +139,15 @@ def train(prepared: PreparedRun) -> None:
 
 def _train_locked(prepared: PreparedRun) -> None:
     cfg, run, clips = prepared.cfg, prepared.run, prepared.clips
+    is_resumed = broadcast_object(resumes(cfg, prepared.output))
     seed_everything(cfg.SEED)
-    model = build_model(prepared)
+    model = build_model(prepared.cfg, prepared.base, run)
     cache = feature_cache(prepared)
     if cache is not None:
         fill_cache(cfg, clips, cache, model, run)
     mask_side = 4 * prepared.base.model.grid_size
     loaders = build_loaders(cfg, clips, prepared.base.preprocess, mask_side, run, prepared.output, cache)
-    task = build_task(prepared, model, loaders[0])
+    task, start_error = build_task(cfg, prepared.base, model, loaders[0], run, is_resumed)
     resume = Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
     member = Member(task, cfg, prepared.output, prepared.identity, resume)
 
@@ -168,29 +161,13 @@ def _train_locked(prepared: PreparedRun) -> None:
                 "num_val_videos": 0 if clips.val is None else len(clips.val),
                 "num_images": 0 if clips.images is None else len(clips.images),
                 "feature_scale": task.options.feature_scale,
+                "start_error": start_error,
             }
             write_run_record(prepared.output, cfg, facts)
 
     fit_many([member], loaders[0], loaders[1], run, on_ready=write_records)
     if run.is_main:
         write_final(prepared, task)
-
-
-def build_model(prepared: PreparedRun) -> EfficientSam3Train:
-    """What is trained, with its start: that of ``MODEL.PRETRAINED``, else what of SAM 3's memory fits.
-
-    Raises:
-        CheckpointError: If the file lacks a part.
-    """
-    cfg, base = prepared.cfg, prepared.base
-    memory = base.model.efficient_memory
-    model = build_efficient_sam3_train(base.path, memory=memory, device=prepared.run.device)
-    # Rank 0's weights win; the others may not have the file.
-    if cfg.MODEL.PRETRAINED and prepared.run.is_main:
-        trained = read_trained_memory(Path(cfg.MODEL.PRETRAINED))
-        absent = [name for name in model.state_dict() if name not in trained.weights]
-        load_strict(model, trained.weights, str(trained.path), allow_missing=absent)
-    return model
 
 
 def feature_cache(prepared: PreparedRun) -> FeatureCache | None:
@@ -200,28 +177,6 @@ def feature_cache(prepared: PreparedRun) -> FeatureCache | None:
         return None
     sha256, dtype = prepared.identity["frozen_sha256"], trunk_dtype(cfg, prepared.run)
     return FeatureCache(cfg.DATA.FEATURE_CACHE, base.model, base.preprocess, sha256, dtype)
-
-
-def build_task(prepared: PreparedRun, model: EfficientSam3Train, train_loader: EpochLoader) -> Stage2Task:
-    """The task, with a teacher where one is wanted."""
-    cfg, device = prepared.cfg, prepared.run.device
-    scale = cfg.FORWARD.FEATURE_SCALE or _measured_scale(cfg, model, train_loader, device)
-    options = task_options(cfg, trunk_dtype(cfg, prepared.run), scale)
-    teacher: Sam3Tracker | None = None
-    if options.distill.is_on:
-        teacher = full_memory_teacher(prepared.base.path, device)
-    return Stage2Task(model, options, teacher)
-
-
-def _measured_scale(cfg: CfgNode, model: EfficientSam3Train, train_loader: EpochLoader, device: torch.device) -> float:
-    """On the first videos, the same on all ranks and when a run is continued."""
-    dataset: Any = train_loader.dataset
-    first = dataset.num_images  # positions of videos come behind those of images
-    batches = [to_device(collate_clips([dataset[first + i]]), device) for i in range(min(_SCALE_CLIPS, len(dataset)))]
-    failed = next((batch["error"] for batch in batches if "error" in batch), None)
-    if failed is not None:
-        raise UserError(failed)
-    return float(broadcast_object(measure_feature_scale(model, batches, cfg.FORWARD.FRAMES_AT_ONCE)))
 
 
 def start_record(base: BaseFile) -> dict[str, str]:

@@ -17,7 +17,8 @@ from sam3_train.optim import build_optimizer, parameter_groups, set_lr
 from sam3_train.task import to_device
 from stage2.data.clip_batch import ClipBatch
 from stage2.generated_clips import write_videos
-from stage2.run import PreparedRun, build_model, build_task, prepare_run, train
+from stage2.run import PreparedRun, prepare_run, train
+from stage2.starting_task import build_model, build_task
 from stage2.task import Stage2Task
 from stage2.train_memory_stage2 import build_parser
 from stage2.training_clips import build_loaders
@@ -58,6 +59,7 @@ class Verification:
             "PROMPTS.CLICKS_PER_FRAME": 2,
             "FORWARD.PRESENCE_STEPS": 1000,
             "AUGMENT.FLIP_SHARE": 0.0,
+            "MODEL.START_CLIPS": 2,
             "VAL.ENABLE": False,
             "TRAIN.EPOCHS": 1,
             "TRAIN.WARMUP_EPOCHS": 0.0,
@@ -79,14 +81,15 @@ class Verification:
     @cached_property
     def task(self) -> Stage2Task:
         """Model and losses."""
+        prepared = self.prepared
         torch.manual_seed(0)
-        return build_task(self.prepared, self.model, self._loader).to(self.run.device)
+        return build_task(prepared.cfg, prepared.base, self.model, self._loader, self.run, False)[0].to(self.run.device)
 
     @cached_property
     def model(self) -> EfficientSam3Train:
         """As a run starts."""
         torch.manual_seed(0)
-        return build_model(self.prepared)
+        return build_model(self.prepared.cfg, self.prepared.base, self.run)
 
     @cached_property
     def _loader(self) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fixtures_data import make_sa1b_tree
 from torch import Tensor
-from training_world import BACKBONE, TINY, MemoryWorld, train_memory
+from training_world import BACKBONE, TEACHER_FILE, TINY, MemoryWorld, train_memory
 
 from sam3.config import Sam3Config, StudentConfig
 from sam3.model.efficient_sam3_model_builder import (
@@ -225,3 +225,28 @@ def test_a_trained_memory_is_trained_on(finished: Path, memory_world: MemoryWorl
     start, end = weights_of(finished / "model_final.pth"), weights_of(tmp_path / "run/model_final.pth")
     assert all(torch.equal(value, end[name]) for name, value in start.items())
     assert [record["step"] for record in read_metrics(tmp_path / "run", "train")] == [1]
+
+
+def test_a_new_memory_starts_near_the_full_one(
+    memory_world: MemoryWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """D-118: everything that can be taken from the full memory is; a continued run does not start again."""
+    cfg = memory_world.config(
+        "start",
+        MODEL__START="full",
+        MODEL__START_CLIPS=2,
+        MODEL__SAM3_CHECKPOINT=TEACHER_FILE,
+        MODEL__MEMORY__NUM_LATENTS=0,
+        MODEL__MEMORY__NUM_LATENTS_2D=64,
+        TRAIN__SAVE_EVERY_STEPS=1,
+        TRAIN__KEEP_LAST=5,
+        VAL__ENABLE=False,
+    )
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    assert train_memory(cfg, whole) == 0
+    assert "near the full memory" in capsys.readouterr().out
+    assert 0 < json.loads((whole / "config.json").read_text())["start_error"] < 1
+    assert train_memory(cfg, rest, "--resume", str(whole / "ckpt_step_00000001.pth")) == 0
+    assert "near the full memory" not in capsys.readouterr().out
+    first, second = weights_of(whole / "model_final.pth"), weights_of(rest / "model_final.pth")
+    assert all(torch.equal(value, second[name]) for name, value in first.items())

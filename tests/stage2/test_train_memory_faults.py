@@ -35,6 +35,7 @@ SETTINGS = {
         {"MODEL__SAM3_CHECKPOINT": "no/sam3.pt"},
         "MODEL.SAM3_CHECKPOINT no/sam3.pt: there is no such file (--sam3_checkpoint)",
     ),
+    "way to start": ({"MODEL__START": "random"}, "MODEL.START 'random' is not one of full, fresh"),
     "tokens": ({"MODEL__MEMORY__NUM_LATENTS_2D": 10}, "MODEL.MEMORY: efficient memory: num_latents_2d 10 must be"),
     "attention": ({"MODEL__MEMORY__ATTENTION": "sparse"}, "attention 'sparse' is not one of softmax, linear"),
     "rules": ({"MODEL__MEMORY__COMPAT": "upstream"}, "compat 'upstream' is not one of published"),

@@ -42,9 +42,10 @@ def train_and_hash(cfg: Path, output: Path) -> None:
     tasks: list[Stage2Task] = []
     build = run_module.build_task
 
-    def build_and_keep(*args: Any) -> Stage2Task:
-        tasks.append(build(*args))
-        return tasks[0]
+    def build_and_keep(*args: Any) -> tuple[Stage2Task, float | None]:
+        task, start_error = build(*args)
+        tasks.append(task)
+        return task, start_error
 
     run_module.build_task = build_and_keep
     _train(["--cfg", str(cfg), "--output", str(output), "--device", "cpu"])

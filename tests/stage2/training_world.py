@@ -38,6 +38,7 @@ class MemoryWorld:
         """A config of a short run: two steps an epoch; ``settings`` are dotted keys with ``__``."""
         defaults = {
             "MODEL__SAM3_CHECKPOINT": self.base,
+            "MODEL__START": "fresh",
             "DATA__DATA_PATH": self.videos,
             "DATA__VAL_PATH": self.val_videos,
             "DATA__VAL_FRACTION": 0.0,
