@@ -183,12 +183,12 @@ def _start_layer(
     reader = full.cross_attn_image
     query, key = _content(reader, rotary, width, cells, head_dim)
     rows, tokens = seen.by_memory[k], seen.tokens_by_memory[k]
-    weight, bias = fit(rows + position[tokens], torch.cat([_affine(query, rows), cells[tokens]], 1))
-    q_weight, q_bias = _query_rows(weight, bias, width, head_dim)
+    scale = _place_scale(width, head_dim)
+    q_weight, q_bias = _head_rows(*fit(rows + position[tokens], _wanted_queries(query, rows, cells[tokens])), scale)
     mem_dim = key.shape[1]
     k_weight = torch.zeros(head_dim, model.config.hidden_dim).to(key)
     k_weight[: len(key), :mem_dim] = key
-    k_weight[len(key) :, mem_dim : mem_dim + _PLACES] = torch.eye(_PLACES)
+    k_weight[len(key) :, mem_dim : mem_dim + _PLACES] = scale * torch.eye(_PLACES)
     own = layer.cross_attn
     _set(own.q_proj, q_weight.repeat(heads, 1), q_bias.repeat(heads))
     _set(own.k_proj, k_weight.repeat(heads, 1), torch.zeros_like(own.k_proj.bias))
@@ -214,10 +214,10 @@ def _start_self_attention(
     dim = rows.shape[1]
     head_dim = dim // own.num_heads
     query, key = _content(full, rotary, width, cells, head_dim)
-    weight, bias = fit(rows + position[tokens], torch.cat([_affine(query, rows), cells[tokens]], 1))
-    q_weight, q_bias = _query_rows(weight, bias, width, head_dim)
+    scale = _place_scale(width, head_dim)
+    q_weight, q_bias = _head_rows(*fit(rows + position[tokens], _wanted_queries(query, rows, cells[tokens])), scale)
     wanted = torch.cat([rows @ key.T, _place_features(cells[tokens])], 1)
-    k_weight, k_bias = fit(rows + position[tokens], wanted)
+    k_weight, k_bias = _head_rows(*fit(rows + position[tokens], wanted), scale)
     own.in_proj_weight[:dim], own.in_proj_bias[:dim] = q_weight.repeat(own.num_heads, 1), q_bias.repeat(own.num_heads)
     own.in_proj_weight[dim : 2 * dim] = k_weight.repeat(own.num_heads, 1)
     own.in_proj_bias[dim : 2 * dim] = k_bias.repeat(own.num_heads)
@@ -247,13 +247,22 @@ def _content(
     return F.pad(root * left[:, :kept].T, (0, 0, 0, padding)), F.pad(root * right[:kept], (0, 0, 0, padding))
 
 
-def _query_rows(weight: Tensor, bias: Tensor, width: float, head_dim: int) -> tuple[Tensor, Tensor]:
-    """A head's queries from maps to contents and to x and y: the last three channels make the Gaussian's exponent."""
-    scale = math.sqrt(head_dim) / width**2
+def _wanted_queries(content_rc: Tensor, rows_nc: Tensor, places_n2: Tensor) -> Tensor:
+    """Contents, x and y, and 1 for the square that keys bring."""
+    contents = rows_nc @ content_rc[:, :-1].T + content_rc[:, -1]
+    return torch.cat([contents, places_n2, torch.ones_like(places_n2[:, :1])], 1)
+
+
+def _head_rows(weight: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """A head's rows with the last ones, which say where, scaled."""
     scales = torch.ones_like(bias)
-    scales[-2:] = scale
-    rows = torch.cat([weight * scales[:, None], torch.zeros_like(weight[:1])])
-    return rows, torch.cat([bias * scales, bias.new_full((1,), scale)])
+    scales[-_PLACES:] = scale
+    return weight * scales[:, None], bias * scales
+
+
+def _place_scale(width: float, head_dim: int) -> float:
+    """Of places in queries and in keys: their products over sqrt(``head_dim``) are then a Gaussian's exponents."""
+    return head_dim**0.25 / width
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
@@ -262,10 +271,6 @@ def _query_rows(weight: Tensor, bias: Tensor, width: float, head_dim: int) -> tu
 def _place_features(places_n2: Tensor) -> Tensor:
     """x, y and what completes the square: times (x', y', 1), that is -|p - p'|^2 / 2 but for what p' decides."""
     return torch.cat([places_n2, -0.5 * places_n2.square().sum(-1, keepdim=True)], -1)
-
-
-def _affine(map_rc: Tensor, rows_nc: Tensor) -> Tensor:
-    return rows_nc @ map_rc[:, :-1].T + map_rc[:, -1]
 
 
 def _set(layer: nn.Linear, weight: Tensor, bias: Tensor) -> None:

@@ -59,7 +59,7 @@ def _start_perceiver_layer(layer: Any, resampler: PerceiverResampler, side: int,
         attention.to_pos.weight.copy_(embed)
     codes = _codes(resampler.position_code, side)
     read = F.layer_norm(-codes, (dim,))
-    back = torch.linalg.lstsq(read.double(), codes.double()).solution.T.to(embed)  # queries have no bias
+    back = _fit_through_zero(read, codes)  # queries have no bias
     attention.to_q.weight.copy_(_anchor_gain(resampler, side, inner) * embed @ back)
 
 
@@ -128,6 +128,14 @@ def fit(inputs_nd: Tensor, targets_nt: Tensor) -> tuple[Tensor, Tensor]:
     ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     weight = torch.linalg.solve(gram + ridge, (inputs - centre).T @ (targets - level)).T
     return weight.to(inputs_nd.dtype), (level - weight @ centre).to(inputs_nd.dtype)
+
+
+def _fit_through_zero(inputs_nd: Tensor, targets_nt: Tensor) -> Tensor:
+    """Ridge regression without a bias: weight (T, D)."""
+    inputs, targets = inputs_nd.double(), targets_nt.double()
+    gram = inputs.T @ inputs
+    ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    return torch.linalg.solve(gram + ridge, inputs.T @ targets).T.to(inputs_nd.dtype)
 
 
 def undo_norm(norm: nn.LayerNorm, normed_nc: Tensor, wanted_nc: Tensor) -> None:
