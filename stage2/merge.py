@@ -151,7 +151,7 @@ def merge_memory(memory: Mapping[str, Tensor], base: Recognised) -> tuple[dict[s
     kept = {key: value for key, value in base.weights.items() if not key.startswith(EFFICIENT_PREFIX)}
     dtype = _tracker_dtype(kept)
     try:
-        require_representable(own, dtype)
+        require_representable(own, dtype, "convert the file first (python -m sam3.convert FILE OUT --dtype fp32)")
     except MergeError as error:
         raise UserError(f"the trained memory cannot be stored as {base.source} is: {error}") from None
     merged = kept | {key: value.to(dtype) if value.is_floating_point() else value for key, value in own.items()}
@@ -217,6 +217,7 @@ def _base_note(trained: TrainedMemory, base: Recognised, is_allowed: bool) -> st
     """
     found = frozen_sha256(base)
     if found == trained.frozen_sha256:
+        _require_heads_unmoved(trained, base)
         return f"base checked: the memory was trained behind this file's backbone and heads (sha256 {found[:12]})"
     difference = (
         f"{trained.path} was trained behind a backbone and heads with sha256 {trained.frozen_sha256[:12]}, but those "
@@ -227,6 +228,21 @@ def _base_note(trained: TrainedMemory, base: Recognised, is_allowed: bool) -> st
     raise UserError(
         f"{difference}: give the file that the training began with{_start_name(trained)}, or --allow-other-base"
     )
+
+
+def _require_heads_unmoved(trained: TrainedMemory, base: Recognised) -> None:
+    """The frozen heads that a final checkpoint holds beside its memory must be those of the file.
+
+    Raises:
+        UserError: If one has moved.
+    """
+    for name, value in trained.heads.items():
+        own = base.weights.get(TRACKER_PREFIX + name)
+        if own is not None and not torch.equal(own.float(), value.float()):
+            raise UserError(
+                f"{trained.path}: {name} is not what {base.source} holds, although the training says that it began "
+                "there and froze it: the checkpoint has been changed; give another one of the run"
+            )
 
 
 def _start_name(trained: TrainedMemory) -> str:

@@ -191,12 +191,15 @@ def shapes_of(state_dict: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state_dict.items()}
 
 
-def require_representable(state_dict: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+def require_representable(
+    state_dict: Mapping[str, Tensor], dtype: torch.dtype, remedy: str = "use --dtype bf16 or fp32"
+) -> None:
     """Check that converting to a smaller float type would turn no weight into infinity.
 
     Args:
         state_dict: Weights; only floating-point tensors are looked at, one at a time.
         dtype: The type they will be stored in.
+        remedy: What to do about a weight that is too large.
 
     Raises:
         MergeError: If a weight is not finite already, or is beyond the type's range.
@@ -209,7 +212,7 @@ def require_representable(state_dict: Mapping[str, Tensor], dtype: torch.dtype) 
         if not largest <= limit:  # also true for NaN
             raise MergeError(
                 f"{key}: largest magnitude {largest:g} cannot be stored as {dtype} (limit {limit:g}): "
-                + ("use --dtype bf16 or fp32" if largest < torch.finfo(torch.float32).max else "the weights are broken")
+                + (remedy if largest < torch.finfo(torch.float32).max else "the weights are broken")
             )
 
 

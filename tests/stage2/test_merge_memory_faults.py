@@ -10,13 +10,23 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import TINY, make_model, student_model, whole_model
-from memory_files import PREPROCESS, convert, identity_of, rewrite, trained_module, weights_of, write_base
+from memory_files import (
+    PREPROCESS,
+    convert,
+    identity_of,
+    rewrite,
+    trained_module,
+    weights_of,
+    write_base,
+    write_trained,
+)
 
 import stage2.merge
 from sam3.checkpoint_io import read_state_dict, write_merged
 from sam3.checkpoint_keys import EFFICIENT_PREFIX
 from sam3.checkpoint_parts import MEMORY_PREFIXES
 from sam3.config import StudentConfig
+from sam3.convert import main as convert_file
 from sam3.preprocess import Preprocess
 from sam3.released_names import released_state_dict
 
@@ -53,13 +63,26 @@ LATENTS = "spatial_perceiver.latents"
         (adding("memory_attention.layers.9.linear1.bias", torch.zeros(2)), "1 unexpected: memory_attention.layers.9"),
         (adding(LATENTS, torch.zeros(3, 16)), r"1 of another shape: spatial_perceiver.latents: file \(3, 16\)"),
         (adding("mem_proj.bias", torch.full((64,), float("nan"))), "cannot be stored as .* the weights are broken"),
+        (adding("no_obj_ptr", torch.ones(1, 64)), "no_obj_ptr is not what .*sam3.safetensors holds, although"),
         (without("obj_ptr_proj.layers.0.bias"), "is not whole: .*obj_ptr_proj.layers.0.bias"),
     ],
-    ids=["missing", "stale", "shape", "not finite", "heads not whole"],
+    ids=["missing", "stale", "shape", "not finite", "heads moved", "heads not whole"],
 )
 def test_a_memory_that_is_not_whole(base_file, trained_file, tmp_path, capfd, break_it, message) -> None:
     broken = rewrite(tmp_path / "broken.pth", trained_file, model=break_it(weights_of(trained_file)))
     refused(broken, base_file, tmp_path, message, capfd)
+
+
+def test_a_weight_that_the_file_cannot_hold(tmp_path, capfd) -> None:
+    """The way out leads somewhere: half precision as float32 is the same base."""
+    half = write_base(tmp_path / "half.pt", whole_model(), torch.float16)
+    module = trained_module(half)
+    torch.nn.init.constant_(module.mem_proj.bias, 1e6)
+    trained = write_trained(tmp_path / "large.pth", half, module)
+    message = "mem_proj.bias: largest magnitude 1e[+]06 cannot be stored as torch.float16 .*: convert the file first"
+    refused(trained, half, tmp_path, message, capfd)
+    assert convert_file([str(half), str(tmp_path / "single.pt"), "--dtype", "fp32"]) == 0
+    assert convert(trained, tmp_path / "single.pt", tmp_path / "merged.pt") == 0
 
 
 def test_a_memory_of_another_size_than_described(base_file, trained_file, tmp_path, capfd) -> None:
