@@ -63,6 +63,8 @@ def test_a_memory_starts_near_the_full_one(full: Sam3Tracker, memory: EfficientM
     error = task.start_from_full(full, batches)
     assert torch.equal(before, torch.get_rng_state())
     assert error < 0.7
+    largest = max(float(value.abs().max()) for value in task.model.trained_state().values())
+    assert largest < 1000.0, "a memory has to fit into files of half precision"
     options = Stage2Options(distill=DistillWeights(features=1.0), forced_steps=1)
     fresh, started = (
         float(Stage2Task(model, options, full)(batches[0])["loss"].detach())
