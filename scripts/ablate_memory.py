@@ -43,8 +43,6 @@ class Variant:
     title: str
     opts: tuple[str, ...] = ()
     """``--opts`` of the training."""
-    has_one_length: bool = False
-    """Clips of one length all along, as many frames in all as with the curriculum."""
 
 
 def tokens(num: int, windows: bool = True) -> tuple[str, ...]:
@@ -56,6 +54,8 @@ def tokens(num: int, windows: bool = True) -> tuple[str, ...]:
 _NO_TEACHER = tuple(
     word for name in ("MASK", "FEATURES", "POINTERS", "FORCED_STEPS") for word in (f"DISTILL.{name}", "0")
 )
+_GROWING = ("CLIPS.LENGTHS", "[4, 8]", "CLIPS.LENGTH_EPOCHS", "[]")
+"""As many frames in all, to a few percent, as clips of 6 frames."""
 VARIANTS = (
     Variant("windows64", "64 tokens, one for each window", tokens(64)),
     Variant("windows16", "16 tokens, one for each window", tokens(16)),
@@ -63,7 +63,7 @@ VARIANTS = (
     Variant("global64", "64 tokens that read the whole frame", tokens(64, windows=False)),
     Variant("no_teacher", "64 windows, without distillation", (*tokens(64), *_NO_TEACHER)),
     Variant("fresh", "64 windows, without a start from the full memory", (*tokens(64), "MODEL.START", "fresh")),
-    Variant("one_length", "64 windows, without curriculum", tokens(64), has_one_length=True),
+    Variant("curriculum", "64 windows, clips of 4 frames and then of 8", (*tokens(64), *_GROWING)),
 )
 
 
@@ -87,23 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
 def training_words(args: argparse.Namespace, variant: Variant, seed: int, output: Path) -> list[str]:
     """The command line of a run, for ``train_memory_stage2.py``."""
     opts = ["DATA.DATASET", "demo", "DATA.FEATURE_CACHE", str(_folder(args) / "features"), "VAL.ENABLE", "False"]
+    opts += ["TRAIN.ACCUMULATION_STEPS", "2"]  # the steps of two processes, which the recipe is for
     opts += [*variant.opts, *args.opts]
-    if variant.has_one_length:
-        opts += ["CLIPS.LENGTHS", f"[{mean_length(args)}]", "CLIPS.LENGTH_EPOCHS", "[]"]
     flags = {"--cfg": args.cfg, "--sam3-checkpoint": args.sam3_checkpoint, "--data-path": args.world}
     flags |= {"--output": output, "--seed": seed, "--device": "cpu"}
     return [*(str(word) for pair in flags.items() for word in pair), "--opts", *opts]
-
-
-def mean_length(args: argparse.Namespace) -> int:
-    """Frames of a clip, averaged over the epochs of the curriculum."""
-    from sam3_train.config import load_config
-    from stage2.config import get_defaults
-    from stage2.settings import clip_spec
-
-    cfg = load_config(get_defaults(), args.cfg, args.opts)
-    spec = clip_spec(cfg)
-    return round(mean(spec.length_at(epoch) for epoch in range(cfg.TRAIN.EPOCHS)))
 
 
 # --- one run ----------------------------------------------------------------------------------------------------------
