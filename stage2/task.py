@@ -113,6 +113,7 @@ class Stage2Task(Task):
 
     best_metric = "j_and_f"
     best_mode = "max"
+    samples = "clips"
     steps_done: Tensor
 
     def __init__(

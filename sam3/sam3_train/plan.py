@@ -15,7 +15,8 @@ def plan_line(learner: Learner, layout: BatchLayout, steps_per_epoch: int, num_s
         f"{type(learner.task).__name__} -> {learner.member.output}: {learner.num_trainable() / 1e6:.2f} M trainable "
         f"parameters on {learner.run.device} ({str(learner.dtype).removeprefix('torch.')}), global batch "
         f"{layout.global_batch_size} = {layout.micro_batch_size} x {layout.accumulation_steps} accumulated x "
-        f"{layout.world_size} processes, {train.EPOCHS} epochs of {steps_per_epoch} steps ({num_samples} images), "
+        f"{layout.world_size} processes, {train.EPOCHS} epochs of {steps_per_epoch} steps ({num_samples} "
+        f"{learner.task.samples}), "
         f"learning rate {learner.schedule.base_lr:.3g} ({learner.schedule.name}, {learner.schedule.warmup_steps} "
         f"warm-up steps, scaling {train.LR_SCALING})"
     )

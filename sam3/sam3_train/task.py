@@ -41,6 +41,8 @@ class Task(nn.Module):
     """The validation metric that picks ``best.pth``."""
     best_mode: ClassVar[str] = "min"
     """``min`` or ``max``."""
+    samples: ClassVar[str] = "images"
+    """What logs call the samples."""
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """The loss of one batch.

@@ -69,7 +69,7 @@ class Trainer:
         self.num_batches = len(train_loader)
         if not self.num_batches:
             raise UserError(
-                f"the training set has {sampler.num_samples} images, too few for one batch of "
+                f"the training set has {sampler.num_samples} {members[0].task.samples}, too few for one batch of "
                 f"{self.layout.micro_batch_size} on each of {run.world_size} processes; lower DATA.BATCH_SIZE"
             )
         self.steps_per_epoch = math.ceil(self.num_batches / accumulation)
@@ -317,13 +317,14 @@ class Trainer:
         speed = self.throughput.window()
         num_steps = self.cfg.TRAIN.EPOCHS * self.steps_per_epoch
         left_s = (num_steps - self.position.step) * self.layout.global_batch_size / speed["images_per_s"]
+        samples = self.learners[0].task.samples
         for window, log in zip(windows, self.logs, strict=True):
             epoch, step = self.position.epoch, self.position.step
             log.numbers("train", epoch, step, {**window, **speed, "global_batch": self.layout.global_batch_size})
             terms = "  ".join(f"{n} {v:.4g}" for n, v in window.items() if n not in _UNSHOWN)
             log.info(
                 f"epoch {epoch} step {step}/{num_steps}: {terms}  "
-                f"{speed['images_per_s']:.1f} images/s  wait {100 * speed['data_wait_share']:.0f}%  "
+                f"{speed['images_per_s']:.1f} {samples}/s  wait {100 * speed['data_wait_share']:.0f}%  "
                 f"{speed['peak_memory_mb']:.0f} MB  {spell_duration(left_s)} left"
             )
 

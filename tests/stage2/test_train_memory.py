@@ -48,6 +48,8 @@ def test_the_run_leaves_the_documented_tree(finished: Path) -> None:
     assert (record["num_train_videos"], record["num_val_videos"], record["world_size"]) == (4, 1, 1)
     assert record["start"]["file"] == "student.pt" and len(record["start"]["sha256"]) == 64
     assert record["identity"]["stage"] == "stage2"
+    log = (finished / "log_rank0.txt").read_text()
+    assert "2 epochs of 2 steps (4 clips)" in log and "clips/s" in log
 
 
 def test_losses_and_validation_are_logged(finished: Path) -> None:
@@ -250,3 +252,17 @@ def test_a_new_memory_starts_near_the_full_one(
     assert "near the full memory" not in capsys.readouterr().out
     first, second = weights_of(whole / "model_final.pth"), weights_of(rest / "model_final.pth")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_half_precision_trains_every_weight(memory_world: MemoryWorld, tmp_path: Path) -> None:
+    """Defect 1 of the published code: autocast that is entered once keeps the first step's weights for ever."""
+    cfg = memory_world.config("half", TRAIN__WEIGHT_DECAY=0.0, AMP_DTYPE="bf16", VAL__ENABLE=False)
+    run = tmp_path / "run"
+    assert train_memory(cfg, run) == 0
+    losses = [record["loss"] for record in read_metrics(run, "train")]
+    torch.manual_seed(0)
+    start = build_efficient_sam3_train(memory_world.base, device="cpu").trained_state()
+    end = weights_of(run / "model_final.pth")
+    assert end["mem_proj.weight"].dtype == torch.float32
+    still = [name for name, value in start.items() if torch.equal(value, end[name])]
+    assert set(still) <= {"no_obj_embed_spatial"} and len(losses) == 2
