@@ -73,7 +73,11 @@ def play_clips(full: Sam3Tracker, features: list[TrackerFeatures], coverage_tbhw
     plan, generator = ClipPlan("mask", (0,)), torch.Generator().manual_seed(0)
     with _watched(full) as seen:
         result = forward_clip(full, features, coverage_tbhw, plan, video_frames=_VIDEO_FRAMES, generator=generator)
-    return PlayedClips(features, result, seen())
+    # Only what is read later: at full size the finer maps and the answers of a few clips fill gigabytes.
+    coarse = [frame._replace(fine=frame.fine[:0], middle=frame.middle[:0]) for frame in features]
+    result.answers.clear()
+    result.outputs.clear()
+    return PlayedClips(coarse, result, seen())
 
 
 @torch.no_grad()

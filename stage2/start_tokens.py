@@ -51,7 +51,7 @@ def _start_perceiver_layer(layer: Any, resampler: PerceiverResampler, side: int,
     if not is_first:
         attention.to_out.weight.mul_(QUIET)
         return
-    embed = torch.eye(inner, dim)
+    embed = torch.eye(inner, dim).to(attention.to_out.weight)
     attention.to_kv.weight[:inner].mul_(QUIET)
     attention.to_kv.weight[inner:].copy_(embed)
     attention.to_out.weight.copy_(embed.T)
