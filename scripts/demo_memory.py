@@ -17,7 +17,13 @@ from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
 from sam3_train.errors import UserError
 from sam3_train.log import read_metrics
 
-CHART_TERMS = {"focal": "focal x 20", "dice": "Dice", "iou": "IoU", "object_score": "object score"}
+CHART_TERMS = {
+    "teacher_features": "features, of the full memory",
+    "teacher_mask": "masks, of the full memory",
+    "focal": "focal x 20",
+    "dice": "Dice",
+    "object_score": "object score",
+}
 """Terms of the loss that are drawn, and what the page calls them."""
 
 

@@ -40,9 +40,9 @@ def write_file(path: Path, config: Sam3Config) -> Path:
 def write_log(run: Path) -> Path:
     run.mkdir()
     terms = {"focal": 0.01, "dice": 0.4, "iou": 0.1, "object_score": 0.2, "loss": 0.9}
-    (run / "metrics.jsonl").write_text(
-        "".join(json.dumps({"kind": "train", "step": step, **terms}) + "\n" for step in (1, 2))
-    )
+    records = [{"teacher_features": 0.3}, {"teacher_features": 0.2, **terms}, {"teacher_features": 0.2, **terms}]
+    lines = [json.dumps({"kind": "train", "step": step, **record}) for step, record in enumerate(records)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return run
 
 
@@ -62,7 +62,7 @@ def test_both_memories_are_measured_on_features_that_are_computed_once(world, tm
     assert (found.full.num_bytes, found.compressed.num_bytes) == (2 * mem_dim * TINY.grid_size**2, 2 * mem_dim * 64)
     assert [score.prompt for score in found.scores] == ["mask", "box", "one click"]
     assert found.num_clips == len(found.clips) == 1 and found.num_objects > 0
-    for words in ("focal x 20", "Dice", "object score"):
+    for words in ("features, of the full memory", "focal x 20", "Dice", "object score"):
         assert words in found.chart
 
 
