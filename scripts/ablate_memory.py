@@ -52,7 +52,7 @@ def tokens(num: int, windows: bool = True) -> tuple[str, ...]:
 
 
 _NO_TEACHER = tuple(
-    word for name in ("MASK", "FEATURES", "POINTERS", "FORCED_STEPS") for word in (f"DISTILL.{name}", "0")
+    word for name in ("MASK", "FEATURES", "POINTERS", "FORCED_SHARE") for word in (f"DISTILL.{name}", "0")
 )
 _GROWING = ("CLIPS.LENGTHS", "[4, 8]", "CLIPS.LENGTH_EPOCHS", "[]")
 """As many frames in all, to a few percent, as clips of 6 frames."""

@@ -182,9 +182,9 @@ def _distill_defaults() -> CfgNode:
     distill.MASK = 0.0  # cross entropy and Dice with its mask probabilities
     distill.FEATURES = 0.0  # squared error of the conditioned features, in units of their variance
     distill.POINTERS = 0.0  # one minus the cosine of the object pointers
-    # For so many first steps the memory stores what the full one has stored, compressed, and FEATURES alone is learnt:
-    # cheap steps, because no mask is decoded.
-    distill.FORCED_STEPS = 0
+    # In this share of the run's steps, the first ones, the memory stores what the full one has stored, compressed, and
+    # FEATURES alone is learnt: cheap steps, because no mask is decoded.
+    distill.FORCED_SHARE = 0.0
     return distill
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -213,11 +214,14 @@ def distill_weights(cfg: CfgNode) -> DistillWeights:
     )
 
 
-def task_options(cfg: CfgNode, feature_dtype: torch.dtype | None = None, feature_scale: float = 1.0) -> Stage2Options:
+def task_options(
+    cfg: CfgNode, num_steps: int = 1, feature_dtype: torch.dtype | None = None, feature_scale: float = 1.0
+) -> Stage2Options:
     """Everything that the task is told.
 
     Args:
         cfg: The settings.
+        num_steps: Of the whole run, for shares of it.
         feature_dtype: The frozen backbone computes in it; None: in that of its weights.
         feature_scale: ``FORWARD.FEATURE_SCALE``, or what was measured in its place.
 
@@ -228,6 +232,8 @@ def task_options(cfg: CfgNode, feature_dtype: torch.dtype | None = None, feature
     unknown = [kind for kind in kinds if kind not in PROMPT_KINDS]
     if unknown or not kinds:
         raise UserError(f"VAL.PROMPTS {list(kinds)} must be some of {', '.join(PROMPT_KINDS)}")
+    if not 0.0 <= cfg.DISTILL.FORCED_SHARE <= 1.0:
+        raise UserError(f"DISTILL.FORCED_SHARE must lie in 0..1, got {cfg.DISTILL.FORCED_SHARE}")
     prompts, losses, distill = prompting(cfg), loss_weights(cfg), distill_weights(cfg)
     return _named(
         "FORWARD",
@@ -237,7 +243,7 @@ def task_options(cfg: CfgNode, feature_dtype: torch.dtype | None = None, feature
             distill=distill,
             video_frames=forward.VIDEO_FRAMES,
             presence_steps=forward.PRESENCE_STEPS,
-            forced_steps=cfg.DISTILL.FORCED_STEPS,
+            forced_steps=math.ceil(cfg.DISTILL.FORCED_SHARE * num_steps),
             through_masks=forward.THROUGH_MASKS,
             still_frames=forward.STILL_FRAMES,
             frames_at_once=forward.FRAMES_AT_ONCE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def build_task(
         than 0).
     """
     scale = cfg.FORWARD.FEATURE_SCALE or _measured_scale(cfg, model, loader, run)
-    options = task_options(cfg, trunk_dtype(cfg, run), scale)
+    options = task_options(cfg, num_steps(cfg, loader), trunk_dtype(cfg, run), scale)
     starts = starts_from_full(cfg, base) and run.is_main and not is_resumed
     full = full_memory_teacher(base.path, run.device) if starts or options.distill.is_on else None
     task = Stage2Task(model, options, full if options.distill.is_on else None)
@@ -75,6 +76,11 @@ def build_task(
     error = task.start_from_full(full, first_clips(loader, cfg.MODEL.START_CLIPS, run.device))
     print(f"start     near the full memory: {error:.3f} of the variance of what it shows is still missed", flush=True)
     return task, error
+
+
+def num_steps(cfg: CfgNode, loader: EpochLoader) -> int:
+    """Optimizer steps of a run to its last epoch."""
+    return int(cfg.TRAIN.EPOCHS) * math.ceil(len(loader) / max(1, cfg.TRAIN.ACCUMULATION_STEPS))
 
 
 def _measured_scale(cfg: CfgNode, model: EfficientSam3Train, loader: EpochLoader, run: RunContext) -> float:

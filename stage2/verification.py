@@ -60,7 +60,7 @@ class Verification:
             "FORWARD.PRESENCE_STEPS": 1000,
             "AUGMENT.FLIP_SHARE": 0.0,
             "MODEL.START_CLIPS": 2,
-            "DISTILL.FORCED_STEPS": 0,  # masks and memories are what is checked
+            "DISTILL.FORCED_SHARE": 0,  # masks and memories are what is checked
             "VAL.ENABLE": False,
             "TRAIN.EPOCHS": 1,
             "TRAIN.WARMUP_EPOCHS": 0.0,

@@ -30,7 +30,7 @@ def test_each_variant_changes_what_it_is_named_after(variant: ablate_memory.Vari
     assert (memory.num_latents, memory.num_latents_2d) == expected.get(variant.name, (0, 64))
     assert (cfg.SEED, cfg.OUTPUT) == (3, "run")
     if variant.name == "no_teacher":
-        assert not distill_weights(cfg).is_on and not cfg.DISTILL.FORCED_STEPS
+        assert not distill_weights(cfg).is_on and not cfg.DISTILL.FORCED_SHARE
     assert (cfg.MODEL.START == "fresh") == (variant.name == "fresh")
     whole = clip_spec(load_config(get_defaults(), args.cfg))
     assert (spec.lengths != whole.lengths) == (variant.name == "curriculum")

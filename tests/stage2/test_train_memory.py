@@ -203,6 +203,7 @@ def test_distillation_images_and_an_average_in_one_run(memory_world: MemoryWorld
         DISTILL__MASK=0.5,
         DISTILL__FEATURES=0.1,
         DISTILL__POINTERS=0.1,
+        DISTILL__FORCED_SHARE=0.25,
         TRAIN__EMA_DECAY=0.5,
         VAL__ENABLE=False,
     )

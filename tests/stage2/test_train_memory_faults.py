@@ -53,6 +53,8 @@ SETTINGS = {
     "one number": ({"PROMPTS__NUM_CORRECTED": [1]}, "PROMPTS.NUM_CORRECTED [1] must be two numbers: fewest and most"),
     "loss": ({"LOSS__FOCAL": -1.0}, "LOSS: tracking loss: weight focal must be at least 0, got -1.0"),
     "teacher": ({"DISTILL__MASK": -0.5}, "DISTILL: distillation: weight mask must be at least 0, got -0.5"),
+    "forced": ({"DISTILL__FORCED_SHARE": 0.5}, "FORWARD: stage 2: 1 forced_steps compare features alone"),
+    "forced share": ({"DISTILL__FORCED_SHARE": 3.0}, "DISTILL.FORCED_SHARE must lie in 0..1, got 3.0"),
     "hue": ({"AUGMENT__HUE": 0.7}, "AUGMENT: looks of clips: hue is a share of the colour circle"),
     "validation": ({"VAL__PROMPTS": ["text"]}, "VAL.PROMPTS ['text'] must be some of mask, box, click"),
     "subset": ({"DATA__SUBSET_FRACTION": 0.0}, "subset_fraction 0.0 is not in (0, 1]"),
