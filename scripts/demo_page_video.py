@@ -126,6 +126,7 @@ def memory_section(memory: MemoryComparison | None) -> str:
 reads them, in front of the fine-tuned student; one file holds it beside the full memory. Both follow the same objects:
 {memory.num_objects} in {memory.num_clips} held-out clips. What they keep of each frame for each object:</p>
 {table(["memory", "tokens", "bytes"], stored)}
+<p>How well they follow, as the mean of mask overlap and outline accuracy:</p>
 {table(["prompt", "full, J&amp;F", "compressed, J&amp;F", "compressed / full"], rows)}
 {figures}
 <div class="charts"><div>{memory.chart}</div></div>"""
