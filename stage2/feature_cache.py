@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from sam3.checkpoint_io import write_atomically
@@ -114,27 +114,32 @@ class FeatureCache:
         levels = torch.from_numpy(stored[rows]).split(self.sizes, dim=1)
         return TrackerFeatures(*(level.unflatten(1, shape) for level, shape in zip(levels, self.shapes, strict=True)))
 
-    def write(self, entry: VideoEntry, frames: Sequence[TrackerFeatures]) -> Path:
+    def write(self, entry: VideoEntry, frames: Iterable[TrackerFeatures]) -> Path:
         """Store the features of all annotated frames of a video; the file appears whole or not at all.
 
         Args:
             entry: The video.
-            frames: Maps of one row per frame, some frames at a time, in the entry's order.
+            frames: Maps of one row per frame, some frames at a time, in the entry's order; stored as they come.
 
         Raises:
             UserError: If they are not finite in half precision, or the file cannot be written.
         """
-        rows = [torch.cat([level.flatten(1).to(torch.float16) for level in some], dim=1).cpu() for some in frames]
-        if not all(bool(row.isfinite().all()) for row in rows):
-            raise UserError(
-                f"{entry.name}: a feature is not finite in half precision: train without DATA.FEATURE_CACHE, or check "
-                "the checkpoint"
-            )
-        path, stored = self.path(entry), torch.cat(rows).numpy()
+        path, shape = self.path(entry), (len(entry.frame_numbers), sum(self.sizes))
 
         def save(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                np.save(file, stored)
+            stored = np.lib.format.open_memmap(temporary, "w+", np.float16, shape)
+            start = 0
+            for some in frames:
+                rows = torch.cat([level.flatten(1).to(torch.float16) for level in some], dim=1).cpu()
+                if not bool(rows.isfinite().all()):
+                    raise UserError(
+                        f"{entry.name}: a feature is not finite in half precision: train without DATA.FEATURE_CACHE, "
+                        "or check the checkpoint"
+                    )
+                stored[start : start + len(rows)] = rows.numpy()
+                start += len(rows)
+            assert start == shape[0], f"{entry.name}: {start} of {shape[0]} frames have features"
+            stored.flush()
 
         try:
             write_atomically(path, save)
@@ -183,14 +188,9 @@ def fill_feature_cache(
     for i in tqdm(missing[rank::world_size], desc="features of frames", unit="video", disable=not shows_progress):
         entry = videos.entry(i)
         try:
-            pieces = [
-                _features(model, pixels, cache.preprocess, dtype)
-                for pixels in _painted(videos, entry, cache.preprocess, frames_at_once)
-            ]
+            cache.write(entry, _computed(model, videos, entry, cache.preprocess, frames_at_once, dtype))
         except BadVideoError as error:
             bad.append((entry.name, str(error)))
-            continue
-        cache.write(entry, pieces)
     patient_barrier()
     return bad
 
@@ -200,23 +200,23 @@ def release_backbone(model: EfficientSam3Train) -> None:
     model.backbone = nn.Identity()  # type: ignore[assignment]
 
 
-def _painted(videos: VideoSet, entry: VideoEntry, preprocess: Preprocess, at_once: int) -> Iterator[tuple[Tensor, Any]]:
-    """Pixels of the annotated frames, uint8 (n, 3, S, S), with the part of them that is no padding."""
+def _computed(
+    model: EfficientSam3Train,
+    videos: VideoSet,
+    entry: VideoEntry,
+    preprocess: Preprocess,
+    frames_at_once: int,
+    dtype: torch.dtype | None,
+) -> Iterator[TrackerFeatures]:
+    """Features of a video's annotated frames, some frames at a time."""
     canvas = ClipCanvas(entry.size_hw, preprocess, 1, Look())
+    height, width = canvas.resized_hw
     with closing(videos.layout.open_frames(entry.name)) as frames:
-        for start in range(0, len(entry.frame_numbers), at_once):
-            numbers = entry.frame_numbers[start : start + at_once].tolist()
-            shown = (checked_frame(frames.frame(number), entry, number) for number in numbers)
-            yield canvas.paint(shown, len(numbers)), canvas.resized_hw
-
-
-def _features(
-    model: EfficientSam3Train, painted: tuple[Tensor, Any], preprocess: Preprocess, dtype: torch.dtype | None
-) -> TrackerFeatures:
-    pixels, (height, width) = painted
-    images = preprocess.normalize(pixels[..., :height, :width].to(model.no_mem_embed.device))
-    [features] = model.clip_features(images[:, None], len(images), dtype)
-    return features
+        for start in range(0, len(entry.frame_numbers), frames_at_once):
+            numbers = entry.frame_numbers[start : start + frames_at_once].tolist()
+            pixels = canvas.paint((checked_frame(frames.frame(n), entry, n) for n in numbers), len(numbers))
+            images = preprocess.normalize(pixels[..., :height, :width].to(model.no_mem_embed.device))
+            yield from model.clip_features(images[:, None], len(images), dtype)
 
 
 def _require_room(cache: FeatureCache, videos: VideoSet) -> None:
