@@ -72,3 +72,11 @@ assert "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_module_of_the_model_does_not_import_stage_2() -> None:
+    """Defect 7.6 (30) of the published stage 2: the compressed memory comes with whoever asks for it alone."""
+    named = "from sam3.model import memory, sam3_tracker, vitdet"
+    own = "{'sam3.model.perceiver', 'sam3.model.efficient_sam3_tracker', 'sam3.model.efficient_sam3_train', 'stage2'}"
+    found = probe(f"{named}; assert not {own} & set(sys.modules), sorted({own} & set(sys.modules))")
+    assert found["changed"] == {}

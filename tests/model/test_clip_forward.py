@@ -65,6 +65,7 @@ def test_plans_keep_their_bounds_and_shares() -> None:
 
 @pytest.mark.parametrize("kind", PROMPT_KINDS)
 def test_every_frame_is_answered_and_remembered(kind: str) -> None:
+    """Defect D-124, 7.6 (18, 22) of the published training."""
     plan = ClipPlan(kind, (0, 2), () if kind == "mask" else (0, 3))
     prompting = ClipPrompting(clicks_per_frame=2)
     result = forward_clip(make_tracker(), make_clip(4), make_coverage(4), plan, prompting)
@@ -127,6 +128,7 @@ def test_clips_tracked_at_once_give_what_each_gives_alone() -> None:
 
 
 def test_a_click_on_an_object_in_the_corner_lands_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect D-111, 7.6 (2) of the published training."""
     tracker = make_tracker()
     seen: list[tuple[Tensor, Tensor]] = []
     decode = tracker.decode
@@ -149,6 +151,7 @@ def test_a_click_on_an_object_in_the_corner_lands_there(monkeypatch: pytest.Monk
 
 
 def test_absent_objects_get_a_negative_click_or_an_empty_mask() -> None:
+    """Defect D-115, 7.6 (16) of the published training."""
     coverage = make_coverage(2)
     coverage[0, 1] = 0.0
     assert is_present(coverage).tolist() == [[True, False], [True, True]]
@@ -165,6 +168,7 @@ def test_absent_objects_get_a_negative_click_or_an_empty_mask() -> None:
 
 
 def test_forced_presence_keeps_masks_and_gradients() -> None:
+    """Defect 7.6 (8) of the published training."""
     coverage = make_coverage(2)
     coverage[1, 1] = 0.0
 

@@ -162,6 +162,7 @@ def test_published_rules_make_320_tokens() -> None:
 
 @torch.no_grad()
 def test_other_grids_have_the_same_number_of_tokens() -> None:
+    """Defect 7.6 (20, 23) of the published training."""
     tracker = make_tracker()
     memory = track(tracker, [0], grid=12).non_cond[2].maskmem_features
     assert memory is not None and memory.shape == (1, 64, MEM)

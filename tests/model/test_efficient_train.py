@@ -105,7 +105,7 @@ def training_modules(model: nn.Module) -> set[str]:
 
 
 def test_frozen_parts_stay_in_eval_mode(module: EfficientSam3Train) -> None:
-    """Defect 10: the published script's train() turns the frozen backbone's stochastic depth on."""
+    """D-112, 7.6 (10): the published script's train() turns the frozen backbone's stochastic depth on."""
     memory = {"spatial_perceiver", "memory_attention", "mem_proj", "mem_pos_proj", "maskmem_backbone"}
     assert module.training and training_modules(module) == memory
     assert training_modules(module.eval()) == set() and not module.training
@@ -118,6 +118,7 @@ def test_frozen_parts_stay_in_eval_mode(module: EfficientSam3Train) -> None:
 
 @pytest.mark.parametrize("config", [COMPRESSED, TINY.with_efficient_memory(compat="published")], ids=["ours", "theirs"])
 def test_a_step_moves_all_that_is_trained_and_nothing_else(config: Sam3Config) -> None:
+    """Defect D-127, 7.6 (13, 14) of the published training."""
     torch.manual_seed(0)
     module = build_efficient_sam3_train(config=config, device="cpu")
     images, coverage, clips = clip()
@@ -198,7 +199,7 @@ def test_clips_that_do_not_fit(module: EfficientSam3Train) -> None:
 
 
 def test_a_new_memory_starts_from_the_released_one(module: EfficientSam3Train) -> None:
-    """Defect 9: the published memory encoder starts from random numbers."""
+    """D-118, 7.6 (9): the published memory encoder starts from random numbers."""
     released = whole_model().tracker.state_dict()
     ours = module.state_dict()
     same = {key for key, value in ours.items() if key in released and torch.equal(value, released[key])}
@@ -210,7 +211,7 @@ def test_a_new_memory_starts_from_the_released_one(module: EfficientSam3Train) -
 
 
 def test_any_student_can_be_the_backbone(tmp_path: Path) -> None:
-    """Defect 21: the published builders know the teacher alone."""
+    """D-119, 7.6 (21): the published builders know the teacher alone."""
     path = tmp_path / "student.pt"
     student = student_model()
     write_merged(path, released_state_dict(student), {"model": student.config.to_dict()})

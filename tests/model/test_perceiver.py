@@ -61,6 +61,7 @@ def test_positions_of_another_width_are_projected() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [{}, {"num_latents": 0, "num_latents_2d": 64}], ids=["global", "windows"])
 def test_tokens_know_where_things_are(kind: dict[str, int]) -> None:
+    """Defect 7.6 (7) of the published training."""
     memory = dense(1)
     order = torch.randperm(GRID * GRID, generator=torch.Generator().manual_seed(1))
     shuffled = memory.flatten(2)[..., order].unflatten(-1, (GRID, GRID))
@@ -144,7 +145,7 @@ def test_impossible_settings(changes: dict, message: str) -> None:
 
 
 def test_misspelt_settings_are_refused() -> None:
-    """Defect D-113: the published constructor swallows them."""
+    """D-113, 7.6 (6): the published constructor swallows them."""
     with pytest.raises(TypeError, match="dim_head"):
         EfficientMemoryConfig(dim_head=32)  # type: ignore[call-arg]
 

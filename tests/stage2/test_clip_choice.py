@@ -28,12 +28,14 @@ def draws(video: VideoEntry, length: int, spec: ClipSpec, count: int = 200) -> l
 
 
 def test_every_object_is_visible_on_the_first_frame() -> None:
+    """Defect D-115, 7.6 (16) of the published training."""
     for choice in draws(ONE_LATE, 4, ClipSpec(max_objects=3)):
         assert (ONE_LATE.area_codes[choice.rows[0], choice.columns] > 0).all()
         assert len(set(choice.columns.tolist())) == len(choice.columns) > 0
 
 
 def test_several_objects_are_taken_and_not_always_the_same() -> None:
+    """Defect D-115, 7.6 (16) of the published training."""
     pairs = {tuple(sorted(choice.columns.tolist())) for choice in draws(ONE_LATE, 4, ClipSpec(max_objects=2))}
     assert pairs == {(0, 1), (0, 2), (1, 2)}
     assert max(len(choice.columns) for choice in draws(ONE_LATE, 4, ClipSpec(max_objects=9))) == 3

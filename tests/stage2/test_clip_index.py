@@ -99,6 +99,7 @@ def test_an_index_that_was_not_finished_is_made_again(many: Path, tmp_path: Path
 
 
 def test_workers_open_the_index_and_do_not_copy_it(many: Path, tmp_path: Path) -> None:
+    """Defect D-120, 7.6 (27) of the published training."""
     index = build_clip_index(open_layout(many), tmp_path)
     copy = pickle.loads(pickle.dumps(index))
     assert isinstance(copy, ClipIndex) and len(pickle.dumps(index)) < 400

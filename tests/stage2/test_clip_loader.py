@@ -93,7 +93,7 @@ def test_a_run_continues_in_the_middle_of_an_epoch() -> None:
 
 
 def test_a_set_smaller_than_a_batch_still_makes_one() -> None:
-    """SUBSET_FRACTION may leave one video; an epoch without a step would be a run that learns nothing."""
+    """D-126: SUBSET_FRACTION may leave one video; an epoch without a step would learn nothing."""
     sampler = ClipSampler(1, batch_size=4, world_size=2, rank=1)
     assert len(list(sampler)) == 4 and sampler.clip_batches == 1
     assert len(set(sampler)) == 4, "clips of one video, but other ones"

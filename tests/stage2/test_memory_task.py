@@ -67,7 +67,7 @@ def test_a_plain_run_has_the_losses_of_sam2_alone(model: EfficientSam3Train) -> 
 
 
 def test_every_trained_parameter_has_a_gradient_and_one_group(model: EfficientSam3Train, teacher: Sam3Tracker) -> None:
-    """D-127, and for several ranks: images and clips without absent objects too."""
+    """D-127, 7.6 (13, 14); and for several ranks: images and clips without absent objects too."""
     task = Stage2Task(model, Stage2Options(FEW_CLICKS, ALL_LOSSES, ALL_TEACHING), teacher)
     run(task, make_batch(1))["loss"].backward()
     with_gradient = {name for name, p in task.named_parameters() if p.grad is not None}
@@ -128,7 +128,7 @@ def test_presence_is_forced_at_first_only(model: EfficientSam3Train, monkeypatch
 
 
 def test_gradients_flow_while_everything_is_found_absent(model: EfficientSam3Train) -> None:
-    """Masks are judged before absence replaces them by a constant."""
+    """7.6 (8): masks are judged before absence replaces them by a constant."""
     head: Any = model.sam_mask_decoder.pred_obj_score_head
     head.layers[-1].bias.data.fill_(-50.0)
     task = Stage2Task(model, Stage2Options(ClipPrompting(mask_share=1.0, box_share=0.0)))
@@ -137,7 +137,7 @@ def test_gradients_flow_while_everything_is_found_absent(model: EfficientSam3Tra
 
 
 def test_a_failing_batch_names_its_videos(model: EfficientSam3Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    """D-116: nothing is skipped."""
+    """D-116, 7.6 (15): nothing is skipped."""
     task, batch = Stage2Task(model), make_batch(2)
     broken = batch | {"clips": batch["clips"]._replace(clip_of_object=torch.tensor([0, 0, 1, 7]))}
     for call in (task, task.validate):
@@ -211,7 +211,7 @@ def constant_backbone(model: EfficientSam3Train) -> EfficientSam3Train:
 
 
 def test_latents_tables_norms_and_biases_are_not_decayed(model: EfficientSam3Train) -> None:
-    """D-122."""
+    """Defect D-122, 7.6 (24) of the published training."""
     task = Stage2Task(model)
     decayed = {name.removeprefix("model.") for name, p in task.named_parameters() if task.has_weight_decay(name, p)}
     assert {"mem_proj.weight", "spatial_perceiver.layers.0.attn.to_q.weight"} <= decayed

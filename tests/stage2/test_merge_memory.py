@@ -43,7 +43,7 @@ def merged_file(base_file: Path, trained_file: Path, memory_folder: Path) -> Pat
 
 
 def test_every_trained_tensor_is_written_and_all_else_is_kept(base_file, trained_file, merged_file) -> None:
-    """D-74: the published merge drops the trained modules and damages the original tracker."""
+    """D-74, D-117, 7.6 (4): the published merge drops the trained modules and damages the original tracker."""
     merged, base = read_checkpoint(merged_file).state_dict, read_checkpoint(base_file).state_dict
     trained = {k: v for k, v in weights_of(trained_file).items() if k.startswith(OWN_PREFIXES)}
     assert len(trained) == 135
@@ -105,6 +105,7 @@ def test_the_94_tensors_that_sam3_does_not_have_are_counted(base_file, tmp_path)
 
 
 def test_images_videos_and_texts_are_answered_with_a_merged_file(merged_file) -> None:
+    """Defect D-117, 7.6 (5) of the published training."""
     model = load_model(merged_file, "cpu")
     frames, masks = generated_clip(3)
     model.inst_interactive_predictor.set_image(frames[0])

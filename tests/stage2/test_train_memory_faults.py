@@ -131,6 +131,7 @@ def test_a_file_of_another_kind_is_refused(
 def test_a_cut_off_checkpoint_is_refused(
     memory_world: MemoryWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Defect 7.6 (25) of the published training."""
     content = TEACHER_FILE.read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(content[: len(content) // 2])
     cfg = memory_world.config("cut", MODEL__SAM3_CHECKPOINT=tmp_path / "cut.safetensors")
@@ -231,7 +232,7 @@ def test_a_frame_that_breaks_while_training_is_counted_and_replaced(
 def test_a_batch_that_fails_ends_the_run_with_the_names_of_its_videos(
     memory_world: MemoryWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """D-116: the published script logs the error, goes on, and reports success."""
+    """D-116, 7.6 (15): the published script logs the error, goes on, and reports success."""
 
     def fails(self: EfficientSam3Train, memory: Tensor) -> Tensor:
         raise ZeroDivisionError("in the resampler")

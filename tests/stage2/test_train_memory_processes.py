@@ -68,7 +68,7 @@ def uninterrupted(memory_world: MemoryWorld, tmp_path_factory: pytest.TempPathFa
 
 
 def test_two_processes_end_with_identical_parameters(uninterrupted: Path) -> None:
-    """D-110: gradients are averaged; each rank's own weights are hashed, not rank 0's checkpoint."""
+    """D-110, 7.6 (3): gradients are averaged; each rank's own weights are hashed, not rank 0's checkpoint."""
     first, second = ((uninterrupted / f"weights{rank}.txt").read_text() for rank in (0, 1))
     assert first == second == learnt(uninterrupted)["model"]
     assert [record["step"] for record in read_metrics(uninterrupted, "train")] == [1, 2, 3, 4]
@@ -78,7 +78,7 @@ def test_two_processes_end_with_identical_parameters(uninterrupted: Path) -> Non
 def test_a_run_killed_with_kill_9_ends_with_the_same_weights(
     uninterrupted: Path, memory_world: MemoryWorld, tmp_path: Path
 ) -> None:
-    """D-122: both processes die inside an epoch; the same command continues, bit for bit."""
+    """D-122, 7.6 (24): both processes die inside an epoch; the same command continues, bit for bit."""
     cfg, run = run_config(memory_world), tmp_path / "run"
     group = Group(train_and_hash, 2, tmp_path, (cfg, run))
     deadline = time.monotonic() + 90

@@ -63,6 +63,7 @@ def only_entry(layout: VideoLayout) -> VideoEntry:
     ],
 )
 def test_frames_and_masks_of_every_layout_belong_together(make, kind: str, numbers: list[int], tmp_path: Path) -> None:
+    """Defect D-114, 7.6 (17) of the published training."""
     root = make(tmp_path)
     entry = only_entry(open_layout(root, kind))
     layout = open_layout(root)
