@@ -8,11 +8,10 @@ import torch
 from clip_pool import ClipBatch, choose_clips
 from teacher_task import balanced_cross_entropy
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sam3.model.clip_forward import ClipPlan, ClipPrompting, ClipResult, draw_plan, forward_clip, is_present
 from sam3.model.sam3_tracker import Sam3Tracker
-from sam3_train.metrics import mask_iou
+from sam3_train.clip_judging import absent_loss, judged_answers, tracked_ious
 from sam3_train.task import Task, freeze
 from sam3_train.tracking_losses import TrackingAnswer, TrackingLossWeights, tracking_losses
 
@@ -88,7 +87,7 @@ class TrackingTask(Task):
             through_masks=False,
         )
         self.steps_done += 1
-        answers = judged_answers(result, clips)
+        answers = judged_answers(result, clips.coverage_tbhw)
         weights = TrackingLossWeights((1.0 - hint) * FOCAL_WEIGHT, iou=IOU_WEIGHT, others=max(hint, OTHERS_SHARE))
         terms = tracking_losses(answers, weights)
         terms["marked"] = self._marked_loss(result, clips)
@@ -97,7 +96,7 @@ class TrackingTask(Task):
         if hint:
             terms["balanced"] = balanced_loss(answers)
             terms["loss"] = terms["loss"] + hint * (BALANCED_WEIGHT * terms["balanced"] + terms["marked"])
-        iou, is_tracked = tracked_ious(result, clips)
+        iou, is_tracked = tracked_ious(result, clips.coverage_tbhw)
         return {**terms, "iou_tracked": _mean(iou, is_tracked)}
 
     def validate(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -128,7 +127,7 @@ class TrackingTask(Task):
         result = forward_clip(
             self.tracker, clips.features, clips.coverage_tbhw, ClipPlan(kind, (0,)), video_frames=VIDEO_FRAMES
         )
-        iou, is_tracked = tracked_ious(result, clips)
+        iou, is_tracked = tracked_ious(result, clips.coverage_tbhw)
         per_object = torch.where(is_tracked, iou, torch.nan).nanmean(dim=0)
         owners = clips.clip_of_object
         return torch.stack([per_object[owners == clip].nanmean() for clip in owners.unique()])
@@ -145,20 +144,6 @@ class TrackingTask(Task):
         return torch.stack(losses).mean() if losses else clips.coverage_tbhw.new_zeros(())
 
 
-def judged_answers(result: ClipResult, clips: ClipBatch) -> list[TrackingAnswer]:
-    """Every answer with what it should have been."""
-    return [
-        TrackingAnswer(
-            sam.mask_logits,
-            sam.ious,
-            sam.object_score_logits,
-            clips.coverage_tbhw[t],
-            is_present(clips.coverage_tbhw[t]),
-        )
-        for t, sam in result.answers
-    ]
-
-
 def balanced_loss(answers: list[TrackingAnswer]) -> Tensor:
     """Cross entropy where the inside and the outside of each object weigh the same, over all candidates."""
     losses = []
@@ -168,28 +153,6 @@ def balanced_loss(answers: list[TrackingAnswer]) -> Tensor:
         loss = balanced_cross_entropy(answer.mask_logits.flatten(0, 1), targets).view(-1, num_masks).mean(dim=1)
         losses.append((loss * answer.present).sum() / len(loss))
     return torch.stack(losses).mean()
-
-
-def absent_loss(answers: list[TrackingAnswer]) -> Tensor:
-    """Cross entropy of the object score over absent objects alone, which are few; 0 where there are none."""
-    scores = torch.cat([answer.object_score_logits[~answer.present] for answer in answers]).float()
-    return F.binary_cross_entropy_with_logits(scores, torch.zeros_like(scores), reduction="sum") / max(1, len(scores))
-
-
-def tracked_ious(result: ClipResult, clips: ClipBatch) -> tuple[Tensor, Tensor]:
-    """IoU of the last answer on each frame, (T, B), and whether it was tracked, not prompted, bool (T, B).
-
-    An object that is absent and found absent scores 1.
-    """
-    truth = clips.coverage_tbhw > 0.5
-    given = {*result.plan.prompted, *result.plan.corrected}
-    tracked = [t for t in range(len(truth)) if t not in given]
-    iou = truth.new_ones(truth.shape[:2], dtype=torch.float32)
-    for t in tracked:
-        iou[t] = mask_iou(result.outputs[t].pred_masks[:, 0] > 0, truth[t])
-    is_tracked = torch.zeros_like(iou, dtype=torch.bool)
-    is_tracked[tracked] = True
-    return iou, is_tracked
 
 
 def _mean(values: Tensor, chosen: Tensor) -> Tensor:

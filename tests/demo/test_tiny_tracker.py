@@ -23,12 +23,13 @@ from tracker_eval import (
     track_clip,
 )
 from tracker_init import init_for_tracking
-from tracker_task import TrackingTask, absent_loss, judged_answers, tracked_ious
+from tracker_task import TrackingTask
 
 import sam3
 from sam3.checkpoint_io import sha256_file
 from sam3.model.clip_forward import ClipPlan, forward_clip
 from sam3.model.sam3_image import Sam3Image
+from sam3_train.clip_judging import absent_loss, judged_answers, tracked_ious
 from sam3_train.tracking_losses import TrackingAnswer
 
 WEIGHTS = train_tiny_tracker.WEIGHTS
@@ -161,9 +162,9 @@ def test_tracked_frames_alone_are_scored(model: Sam3Image, batch: dict[str, Tens
     clips = choose_clips(batch, 3, 1, shuffle=False)
     with torch.no_grad():
         result = forward_clip(model.tracker.eval(), clips.features, clips.coverage_tbhw, ClipPlan("box", (0,)))
-    answers = judged_answers(result, clips)
+    answers = judged_answers(result, clips.coverage_tbhw)
     assert len(answers) == 3 and answers[0].present.all()
-    iou, is_tracked = tracked_ious(result, clips)
+    iou, is_tracked = tracked_ious(result, clips.coverage_tbhw)
     assert is_tracked.all(dim=1).tolist() == [False, True, True]
     assert ((iou >= 0) & (iou <= 1)).all()
 
