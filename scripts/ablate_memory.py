@@ -181,7 +181,7 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     """Features of all training frames and test frames, and how the full memory does."""
     import sam3
     from sam3_train.distributed import training_run
-    from stage2.run import feature_cache, prepare_run
+    from stage2.run import prepare_run
     from stage2.starting_task import build_model
     from stage2.train_memory_stage2 import build_parser as training_parser
     from stage2.training_clips import fill_cache
@@ -189,9 +189,8 @@ def prepare(args: argparse.Namespace) -> dict[str, Any]:
     with training_run("cpu") as run:
         words = training_words(args, VARIANTS[0], 0, _folder(args) / "prepared")
         prepared = prepare_run(training_parser().parse_args(words), run)
-        cache = feature_cache(prepared)
-        assert cache is not None
-        fill_cache(prepared.cfg, prepared.clips, cache, build_model(prepared.cfg, prepared.base, run), run)
+        assert prepared.cache is not None
+        fill_cache(prepared.cfg, prepared.clips, prepared.cache, build_model(prepared.cfg, prepared.base, run), run)
     return score(args, sam3.load_model(args.sam3_checkpoint, "cpu", memory="full"))
 
 

@@ -5,6 +5,7 @@ Each check adds lines to a list; `sam3_train.errors.require_no_problems` makes o
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from sam3.preprocess import Preprocess
 from sam3.recognition import Recognised, recognise
 from sam3_train.errors import UserError, attempt
 from stage2.settings import clip_spec, distill_weights, look_spec, memory_config, task_options, val_clip_spec
+from stage2.trained_memory import tracker_on_meta
 
 STARTS = ("full", "fresh")
 
@@ -32,6 +34,11 @@ class BaseFile:
     model: Sam3Config
     """With the memory that is trained."""
     preprocess: Preprocess
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the memory is new, and not one that the file holds."""
+        return self.recognised.efficient_memory != self.model.efficient_memory
 
     @property
     def backbone(self) -> str:
@@ -72,6 +79,11 @@ def check_settings(cfg: CfgNode, problems: list[str], is_main: bool = True) -> N
             problems.append(f"{key}: {value} is out of range")
     if cfg.MODEL.START not in STARTS:
         problems.append(f"MODEL.START {cfg.MODEL.START!r} is not one of {', '.join(STARTS)}")
+    if cfg.MODEL.START == "full" and cfg.FORWARD.STILL_FRAMES == 1 and list(cfg.CLIPS.LENGTHS[:1]) == [1]:
+        problems.append(
+            "MODEL.START full looks at frames that read a memory, and the first clips have one frame: set "
+            "CLIPS.LENGTHS or FORWARD.STILL_FRAMES to 2 or more, or MODEL.START to fresh"
+        )
     if data.IMAGE_SHARE > 0 and not data.IMAGES_PATH:
         problems.append(f"DATA.IMAGE_SHARE {data.IMAGE_SHARE:g}: images are asked for, but DATA.IMAGES_PATH is empty")
     if data.IMAGES_PATH and not data.IMAGE_SHARE > 0:
@@ -119,6 +131,26 @@ def read_base(cfg: CfgNode) -> BaseFile:
         )
     if distill_weights(cfg).is_on and "full" not in recognised.memories:
         raise UserError(f"{where} does not hold SAM 3's own memory, which is the teacher: set DISTILL's weights to 0")
+    if cfg.LOSS.RECONSTRUCTION and not memory.is_compressed:
+        raise UserError(
+            f"LOSS.RECONSTRUCTION {cfg.LOSS.RECONSTRUCTION:g}: a memory without latents is not compressed, so there is "
+            "nothing to reconstruct: set it to 0, or MODEL.MEMORY.NUM_LATENTS or NUM_LATENTS_2D"
+        )
     config = recognised.config.with_efficient_memory(memory)
+    try:
+        tracker_on_meta(config)
+    except ValueError as error:
+        raise UserError(f"MODEL.MEMORY does not fit the model {config.name!r}: {error}") from None
     given = choose_preprocess(recognised, None)
     return BaseFile(path, recognised, config, given or Preprocess(size_px=config.image_size_px))
+
+
+def check_cache_room(folder: Path, num_bytes: int, problems: list[str]) -> None:
+    """A problem if the file system of the feature cache is too small for what it lacks."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < num_bytes:
+        problems.append(
+            f"DATA.FEATURE_CACHE: features take {num_bytes / 1e9:.1f} GB more, {existing} has {free / 1e9:.1f} GB "
+            "free: train on fewer videos (DATA.SUBSET_FRACTION), name a folder on a larger disk, or leave it empty"
+        )

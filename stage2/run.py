@@ -25,7 +25,7 @@ from stage2.base_file import frozen_sha256
 from stage2.config import get_defaults
 from stage2.feature_cache import FeatureCache
 from stage2.plan import MemoryPlan, build_plan, plan_lines
-from stage2.preflight import BaseFile, check_settings, read_base
+from stage2.preflight import BaseFile, check_cache_room, check_settings, read_base
 from stage2.starting_task import build_model, build_task
 from stage2.task import Stage2Task
 from stage2.trained_memory import STAGE, read_trained_memory
@@ -47,6 +47,8 @@ class PreparedRun:
     """What must stay the same for the run to be continued; in each of its checkpoints."""
     plan: MemoryPlan
     run: RunContext
+    cache: FeatureCache | None
+    """Where the backbone's features are kept, if they are."""
 
     def lines(self) -> list[str]:
         """The plan as a person reads it."""
@@ -85,12 +87,15 @@ def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:
         problems += attempt(problems, lambda: _check_resume(cfg, identity, clips, output, run.world_size)) or []
         if cfg.MODEL.PRETRAINED:
             attempt(problems, lambda: _require_same_memory(cfg, base))
-    plan = attempt(problems, lambda: build_plan(cfg, base, clips, run))
+    cache = feature_cache(cfg, base, identity, run)
+    plan = attempt(problems, lambda: build_plan(cfg, base, clips, run, cache))
     if plan is not None:
         check_disk(output, plan.disk_bytes, "the checkpoints", problems)
+        if cache is not None and run.is_main:
+            check_cache_room(cache.folder, plan.cache_bytes, problems)
     require_no_problems(problems)
     assert plan is not None
-    return PreparedRun(cfg, output, base, clips, identity, plan, run)
+    return PreparedRun(cfg, output, base, clips, identity, plan, run, cache)
 
 
 def _identity(base: BaseFile, clips: TrainingClips, cfg: CfgNode) -> dict[str, Any]:
@@ -142,23 +147,25 @@ def _train_locked(prepared: PreparedRun) -> None:
     is_resumed = broadcast_object(resumes(cfg, prepared.output))
     seed_everything(cfg.SEED)
     model = build_model(prepared.cfg, prepared.base, run)
-    cache = feature_cache(prepared)
-    if cache is not None:
-        fill_cache(cfg, clips, cache, model, run)
+    if prepared.cache is not None:
+        fill_cache(cfg, clips, prepared.cache, model, run)
     mask_side = 4 * prepared.base.model.grid_size
-    loaders = build_loaders(cfg, clips, prepared.base.preprocess, mask_side, run, prepared.output, cache)
+    loaders = build_loaders(cfg, clips, prepared.base.preprocess, mask_side, run, prepared.output, prepared.cache)
     task, start_error = build_task(cfg, prepared.base, model, loaders[0], run, is_resumed)
+    start = start_record(prepared.base) if run.is_main else {}
     resume = Path(cfg.MODEL.RESUME) if cfg.MODEL.RESUME else None
-    member = Member(task, cfg, prepared.output, prepared.identity, resume)
+    member = Member(task, cfg, prepared.output, prepared.identity, resume, {"start": start})
 
     def write_records() -> None:
         if run.is_main:
+            clips.write_left_out(prepared.output)
             facts = {
                 "identity": prepared.identity,
-                "start": start_record(prepared.base),
+                "start": start,
                 "world_size": run.world_size,
                 "num_train_videos": len(clips.train),
                 "num_val_videos": 0 if clips.val is None else len(clips.val),
+                "num_left_out_videos": len(clips.left_out()),
                 "num_images": 0 if clips.images is None else len(clips.images),
                 "feature_scale": task.options.feature_scale,
                 "start_error": start_error,
@@ -167,15 +174,14 @@ def _train_locked(prepared: PreparedRun) -> None:
 
     fit_many([member], loaders[0], loaders[1], run, on_ready=write_records)
     if run.is_main:
-        write_final(prepared, task)
+        write_final(prepared, task, start)
 
 
-def feature_cache(prepared: PreparedRun) -> FeatureCache | None:
+def feature_cache(cfg: CfgNode, base: BaseFile, identity: dict[str, Any], run: RunContext) -> FeatureCache | None:
     """Where the backbone's features are kept; None if they are not."""
-    cfg, base = prepared.cfg, prepared.base
     if not cfg.DATA.FEATURE_CACHE:
         return None
-    sha256, dtype = prepared.identity["frozen_sha256"], trunk_dtype(cfg, prepared.run)
+    sha256, dtype = identity["frozen_sha256"], trunk_dtype(cfg, run)
     return FeatureCache(cfg.DATA.FEATURE_CACHE, base.model, base.preprocess, sha256, dtype)
 
 
@@ -186,8 +192,13 @@ def start_record(base: BaseFile) -> dict[str, str]:
     return {"file": base.path.name, "sha256": sha256_file(base.path)}
 
 
-def write_final(prepared: PreparedRun, task: Stage2Task) -> Path:
+def write_final(prepared: PreparedRun, task: Stage2Task, start: dict[str, str]) -> Path:
     """Write what the run's newest checkpoint holds, averaged weights if there are any, as the memory to use.
+
+    Args:
+        prepared: The run.
+        task: Takes the weights.
+        start: From `start_record`.
 
     Returns:
         The file.
@@ -206,7 +217,7 @@ def write_final(prepared: PreparedRun, task: Stage2Task) -> Path:
         metrics=state["metrics"],
         config=config_to_dict(prepared.cfg),
         identity=prepared.identity,
-        start=start_record(prepared.base),
+        start=start,
         is_ema=is_ema,
     )
     print(f"wrote {final}: the memory after epoch {state['epoch']}, step {state['step']}", flush=True)

@@ -53,7 +53,14 @@ def memory_config(cfg: CfgNode, preset: str) -> EfficientMemoryConfig:
         "initial_frames": memory.INITIAL_FRAMES,
     }
     changes = {name: value for name, value in given.items() if value not in (PRESETS_OWN, "")}
-    return _named("MODEL.MEMORY", lambda: efficient_memory_preset(preset, memory.COMPAT or None).replace(**changes))
+    own = _named("MODEL.MEMORY", lambda: efficient_memory_preset(preset, memory.COMPAT or None))
+    contrary = [f"{name.upper()} {value}" for name, value in changes.items() if getattr(own, name) != value]
+    if memory.COMPAT and contrary:
+        raise UserError(
+            f"MODEL.MEMORY.COMPAT {memory.COMPAT} is a memory of {own.num_latents} + {own.num_latents_2d} tokens with "
+            f"sizes of its own, but {', '.join(contrary)} is given too: set that to {PRESETS_OWN} (texts to empty)"
+        )
+    return _named("MODEL.MEMORY", lambda: own.replace(**changes))
 
 
 def curriculum(cfg: CfgNode) -> tuple[tuple[int, int], ...]:
@@ -232,8 +239,10 @@ def task_options(
     unknown = [kind for kind in kinds if kind not in PROMPT_KINDS]
     if unknown or not kinds:
         raise UserError(f"VAL.PROMPTS {list(kinds)} must be some of {', '.join(PROMPT_KINDS)}")
-    if not 0.0 <= cfg.DISTILL.FORCED_SHARE <= 1.0:
-        raise UserError(f"DISTILL.FORCED_SHARE must lie in 0..1, got {cfg.DISTILL.FORCED_SHARE}")
+    if not 0.0 <= cfg.DISTILL.FORCED_SHARE < 1.0:
+        raise UserError(
+            f"DISTILL.FORCED_SHARE must lie in [0, 1), got {cfg.DISTILL.FORCED_SHARE}: masks are learnt in the rest"
+        )
     prompts, losses, distill = prompting(cfg), loss_weights(cfg), distill_weights(cfg)
     return _named(
         "FORWARD",

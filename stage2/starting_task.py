@@ -44,8 +44,7 @@ def build_model(cfg: CfgNode, base: BaseFile, run: RunContext) -> EfficientSam3T
 
 def starts_from_full(cfg: CfgNode, base: BaseFile) -> bool:
     """Whether a new memory starts from the full one (``MODEL.START``), there being no trained one to start from."""
-    is_new = not cfg.MODEL.PRETRAINED and base.recognised.efficient_memory != base.model.efficient_memory
-    return cfg.MODEL.START == "full" and is_new
+    return cfg.MODEL.START == "full" and base.is_new and not cfg.MODEL.PRETRAINED
 
 
 def build_task(
@@ -74,7 +73,9 @@ def build_task(
         return task, None
     assert full is not None
     error = task.start_from_full(full, first_clips(loader, cfg.MODEL.START_CLIPS, run.device))
-    print(f"start     near the full memory: {error:.3f} of the variance of what it shows is still missed", flush=True)
+    print(f"started: {error:.3f} of the variance of what the full memory shows is still missed", flush=True)
+    if error > 1.0:
+        print("warning: that is further away than a constant: MODEL.START fresh may begin better", flush=True)
     return task, error
 
 

@@ -10,12 +10,13 @@ from yacs.config import CfgNode
 
 from sam3.model.efficient_sam3_train import EfficientSam3Train
 from sam3.preprocess import Preprocess
+from sam3_train.data.bad_images import read_bad_images
 from sam3_train.data.epoch_loader import EpochLoader
 from sam3_train.data.image_index import ImageIndex, build_image_index
 from sam3_train.distributed import RunContext
 from sam3_train.errors import UserError, attempt
 from sam3_train.precision import pick_dtype
-from stage2.data.clip_loader import bad_video_log, build_train_loader, build_val_loader
+from stage2.data.clip_loader import BAD_VIDEOS_FILE, bad_video_log, build_train_loader, build_val_loader
 from stage2.data.clip_sampler import ClipSampler
 from stage2.data.clip_sources import ImageClips, VideoClips
 from stage2.data.sav_dataset import ClipDataset
@@ -40,6 +41,28 @@ class TrainingClips:
             "train_videos_sha256": self.train.sha256,
             "images_sha256": None if self.images is None else self.images.sha256,
         }
+
+    def left_out(self) -> dict[str, str]:
+        """Videos that the indices know to be bad: reason by name."""
+        return {name: reason for videos in (self.train, self.val) if videos for name, reason in videos.index.bad()}
+
+    def write_left_out(self, output: Path) -> None:
+        """List them in a run's folder, each once.
+
+        Raises:
+            UserError: If that cannot be written.
+        """
+        path = output / BAD_VIDEOS_FILE
+        known = read_bad_images(path)
+        lines = [f"{name}\t{' '.join(why.split())}\n" for name, why in self.left_out().items() if name not in known]
+        if not lines:
+            return
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def open_clips(cfg: CfgNode, problems: list[str]) -> TrainingClips | None:
@@ -159,6 +182,7 @@ def build_loaders(
         cache: Features of all annotated frames, which then are not decoded; None: there is none.
     """
     data, spec, look = cfg.DATA, clip_spec(cfg), look_spec(cfg)
+    log_folder = output if run.is_main else None
     images = None if clips.images is None else ImageClips(clips.images, spec, preprocess, mask_side, look)
     videos = VideoClips(clips.train, spec, preprocess, mask_side, look, cache)
     how = {"num_workers": data.NUM_WORKERS, "prefetch_factor": data.PREFETCH_FACTOR, "pin_memory": data.PIN_MEMORY}
@@ -166,7 +190,7 @@ def build_loaders(
         ClipDataset(videos, images, seed=cfg.SEED, on_bad=data.ON_BAD),
         clip_sampler(cfg, clips, run.rank, run.world_size),
         data.BATCH_SIZE,
-        bad_log=bad_video_log(output if run.is_main else None, data.MAX_BAD_FRACTION, len(clips.train)),
+        bad_log=bad_video_log(log_folder, data.MAX_BAD_FRACTION, len(clips.train), clips.left_out()),
         **how,
     )
     if clips.val is None:
@@ -177,7 +201,7 @@ def build_loaders(
         data.BATCH_SIZE,
         run.rank,
         run.world_size,
-        bad_log=bad_video_log(output if run.is_main else None, data.MAX_BAD_FRACTION, len(clips.val)),
+        bad_log=bad_video_log(log_folder, data.MAX_BAD_FRACTION, len(clips.val), clips.left_out()),
         **how,
     )
     return train, val

@@ -74,10 +74,24 @@ def check_tokens(v: Verification) -> str:
     assert stored is not None
     wanted = (v.clips.num_objects, memory.num_tokens or dense, model.settings.mem_dim)
     require(tuple(stored.shape) == wanted, f"a frame stores {tuple(stored.shape)}, not {wanted}")
-    if memory.position_on_keys or memory.position_on_latents_2d:
-        has_place = memory.position_on_keys or bool(codes.any())
-        require(has_place, "neither keys nor tokens have a spatial position")
+    if memory.is_compressed and memory.initial_frames != "zero_token":  # the published rules have no positions
+        _check_positions(v, codes)
     return f"{wanted[1]} of {wanted[2]} numbers instead of {dense} ({dense / wanted[1]:.0f}x), {len(codes)} codes"
+
+
+def _check_positions(v: Verification, codes: Tensor) -> None:
+    """Tokens of windows must have codes of their own; tokens of the whole frame must notice where its cells are."""
+    memory, grid = v.model.memory, v.model.config.grid_size
+    windows = codes[memory.num_latents :]
+    require(len(windows.unique(dim=0)) == len(windows), "the tokens of some windows have the same position")
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(1, v.model.settings.mem_dim, grid * grid, generator=generator).to(codes)
+    order = torch.randperm(grid * grid, generator=generator).to(codes.device)
+    with torch.no_grad():
+        found = [v.model.compress(cells.unflatten(-1, (grid, grid))) for cells in (dense, dense[..., order])]
+    first, second = (tokens[:, : memory.num_latents] for tokens in found)
+    is_blind = bool(memory.num_latents) and torch.allclose(first, second, atol=1e-3 * float(first.abs().max()))
+    require(not is_blind, "the tokens are the same wherever things are: keys have no spatial position")
 
 
 def check_clicks(v: Verification) -> str:

@@ -44,6 +44,8 @@ class Member:
     stored in each checkpoint under ``identity``."""
     resume: Path | None = None
     """Continue from this file instead of the folder's newest checkpoint."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """Plain values that each checkpoint holds beside the rest and nothing compares, e.g. where the weights began."""
 
 
 @dataclass

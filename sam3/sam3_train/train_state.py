@@ -116,6 +116,7 @@ def build_state(
     deploy ``ema`` where it exists.
     """
     state: dict[str, Any] = {
+        **learner.member.record,
         "format_version": FORMAT_VERSION,
         "epoch": position.epoch,
         "step": position.step,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from sam3_train.data.bad_images import BadImageLog, bad_image_limit
@@ -14,17 +15,21 @@ from stage2.data.sav_dataset import ClipDataset
 BAD_VIDEOS_FILE = "bad_videos.txt"
 
 
-def bad_video_log(output: str | Path | None, max_bad_fraction: float, num_videos: int) -> BadImageLog:
+def bad_video_log(
+    output: str | Path | None, max_bad_fraction: float, num_videos: int, left_out: Collection[str] = ()
+) -> BadImageLog:
     """Accounts for the videos that turn out to be bad while they are read, in a run's folder.
 
     Args:
         output: The run's folder; None keeps the list in memory.
         max_bad_fraction: More of them end the run.
         num_videos: Of the data set.
+        left_out: Listed videos that do not count, because the run does not use them.
     """
     return BadImageLog(
         None if output is None else Path(output) / BAD_VIDEOS_FILE,
         bad_image_limit(max_bad_fraction, num_videos),
+        left_out,
         noun="videos that cannot be used",
         how_to_leave_out="remove them from the data set",
     )

@@ -73,8 +73,10 @@ def test_sizes_of_the_memory_are_the_preset_s_unless_they_are_given() -> None:
         num_latents=16, attention="linear", perceiver_head_dim=16, num_heads=4, mlp_dim=128
     )
     assert memory_config(cfg, "tiny") == expected
-    cfg = load_config(get_defaults(), None, ["MODEL.MEMORY.COMPAT", "published"])
+    own = ["MODEL.MEMORY.NUM_LATENTS", "-1", "MODEL.MEMORY.NUM_LATENTS_2D", "-1"]
+    cfg = load_config(get_defaults(), DEFAULT_CONFIG, ["MODEL.MEMORY.COMPAT", "published", *own])
     assert memory_config(cfg, "sam3") == EfficientMemoryConfig().published()
+    assert memory_config(load_config(get_defaults(), DEFAULT_CONFIG), "sam3").num_tokens == 64
 
 
 def test_every_setting_is_read_somewhere() -> None:

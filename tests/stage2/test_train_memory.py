@@ -88,6 +88,9 @@ def test_the_final_file_is_the_whole_tracker_and_knows_where_it_comes_from(
     record = load_efficient_sam3_checkpoint(tracker, final)
     assert Sam3Config.from_dict(record["metadata"]["model"]) == config
     assert (record["epoch"], record["step"], record["is_ema"]) == (1, 4, False)
+    assert load_checkpoint(finished / "best.pth")["start"] == record["start"], (
+        "any of them names the file it began with"
+    )
     assert record["start"]["file"] == "student.pt" and record["config"]["CLIPS"]["LENGTHS"] == [2, 3]
     state = tracker.state_dict()
     heads = build_efficient_sam3_train(memory_world.base, device="cpu").state_dict()
@@ -149,7 +152,7 @@ def test_a_dry_run_says_what_would_happen_and_leaves_nothing(
     shown = capsys.readouterr().out
     for part in (
         "64 tokens of a frame instead of 324 (5x)",
-        "backbone student demo_cnn",
+        "fresh weights; backbone student demo_cnn of",
         "2 train (0.5 of the data set), 1 held out",
         "2 frames, 4 frames from epoch 2, up to 2 objects",
         "mask : box : click = 0.5 : 0.25 : 0.25",
@@ -247,10 +250,10 @@ def test_a_new_memory_starts_near_the_full_one(
     )
     whole, rest = tmp_path / "whole", tmp_path / "rest"
     assert train_memory(cfg, whole) == 0
-    assert "near the full memory" in capsys.readouterr().out
+    assert "is still missed" in capsys.readouterr().out
     assert 0 < json.loads((whole / "config.json").read_text())["start_error"] < 1
     assert train_memory(cfg, rest, "--resume", str(whole / "ckpt_step_00000001.pth")) == 0
-    assert "near the full memory" not in capsys.readouterr().out
+    assert "is still missed" not in capsys.readouterr().out
     first, second = weights_of(whole / "model_final.pth"), weights_of(rest / "model_final.pth")
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 

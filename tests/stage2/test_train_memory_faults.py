@@ -14,6 +14,8 @@ from training_world import TEACHER_FILE, TRAIN_NAMES, MemoryWorld, train_memory,
 from sam3.model.efficient_sam3_train import EfficientSam3Train
 from sam3_train.checkpoint import load_checkpoint, save_checkpoint
 from sam3_train.log import read_metrics
+from stage2.config import get_defaults
+from stage2.feature_cache import FeatureCache
 from stage2.train_memory_stage2 import main, with_hyphens
 
 
@@ -54,7 +56,23 @@ SETTINGS = {
     "loss": ({"LOSS__FOCAL": -1.0}, "LOSS: tracking loss: weight focal must be at least 0, got -1.0"),
     "teacher": ({"DISTILL__MASK": -0.5}, "DISTILL: distillation: weight mask must be at least 0, got -0.5"),
     "forced": ({"DISTILL__FORCED_SHARE": 0.5}, "FORWARD: stage 2: 1 forced_steps compare features alone"),
-    "forced share": ({"DISTILL__FORCED_SHARE": 3.0}, "DISTILL.FORCED_SHARE must lie in 0..1, got 3.0"),
+    "all forced": (
+        {"DISTILL__FORCED_SHARE": 1.0, "DISTILL__FEATURES": 1.0},
+        "DISTILL.FORCED_SHARE must lie in [0, 1), got 1.0: masks are learnt in the rest",
+    ),
+    "heads": ({"MODEL__MEMORY__NUM_HEADS": 7}, "MODEL.MEMORY does not fit the model 'tiny': "),
+    "nothing to reconstruct": (
+        {"LOSS__RECONSTRUCTION": 1.0, "MODEL__MEMORY__NUM_LATENTS": 0, "MODEL__MEMORY__NUM_LATENTS_2D": 0},
+        "LOSS.RECONSTRUCTION 1: a memory without latents is not compressed",
+    ),
+    "start of one frame": (
+        {"MODEL__START": "full", "CLIPS__LENGTHS": [1], "FORWARD__STILL_FRAMES": 1},
+        "MODEL.START full looks at frames that read a memory, and the first clips have one frame",
+    ),
+    "sizes beside published ones": (
+        {"MODEL__MEMORY__COMPAT": "published", "MODEL__MEMORY__NUM_LATENTS": 0},
+        "is a memory of 64 + 256 tokens with sizes of its own, but NUM_LATENTS 0 is given too: set that to -1",
+    ),
     "hue": ({"AUGMENT__HUE": 0.7}, "AUGMENT: looks of clips: hue is a share of the colour circle"),
     "validation": ({"VAL__PROMPTS": ["text"]}, "VAL.PROMPTS ['text'] must be some of mask, box, click"),
     "subset": ({"DATA__SUBSET_FRACTION": 0.0}, "subset_fraction 0.0 is not in (0, 1]"),
@@ -198,13 +216,21 @@ def videos(memory_world: MemoryWorld, tmp_path: Path) -> Path:
     return Path(shutil.copytree(memory_world.videos, tmp_path / "videos", ignore=shutil.ignore_patterns(".*")))
 
 
-def test_a_bad_video_is_left_out_and_counted(memory_world: MemoryWorld, videos: Path, tmp_path: Path) -> None:
+def test_a_bad_video_is_left_out_and_counted(
+    memory_world: MemoryWorld, videos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Up to the share that is allowed; the index knows it before the first step."""
     annotation = videos / TRAIN_NAMES[0] / f"{TRAIN_NAMES[0]}_manual.json"
     annotation.write_text("{")
     cfg = memory_world.config("bad", DATA__DATA_PATH=videos, DATA__MAX_BAD_FRACTION=0.3, VAL__ENABLE=False)
     assert train_memory(cfg, tmp_path / "run", "--max-steps", "1") == 0
-    assert json.loads((tmp_path / "run/config.json").read_text())["num_train_videos"] == 3
+    shown = capsys.readouterr().out
+    assert "warning: 1 videos cannot be used and are left out: " in shown and annotation.name in shown
+    record = json.loads((tmp_path / "run/config.json").read_text())
+    assert (record["num_train_videos"], record["num_left_out_videos"]) == (3, 1)
+    assert train_memory(cfg, tmp_path / "run") == 0, "the listed one does not count again"
+    (line,) = (tmp_path / "run/bad_videos.txt").read_text().splitlines()
+    assert line.startswith(TRAIN_NAMES[0] + "\t") and annotation.name in line
 
 
 def test_more_bad_videos_than_allowed_end_the_run(
@@ -276,3 +302,13 @@ def test_the_default_config_is_the_released_model_s(tmp_path: Path, capfd: pytes
     """Without --cfg; its checkpoint and data are not here."""
     assert main(["--output_dir", str(tmp_path / "run"), "--device", "cpu", "--data_path", str(tmp_path)]) == 2
     assert "MODEL.SAM3_CHECKPOINT sam3_checkpoints/sam3.pt: there is no such file" in capfd.readouterr().err
+
+
+def test_a_cache_that_does_not_fit_on_the_disk_is_refused(
+    memory_world: MemoryWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FeatureCache, "bytes_per_frame", 10**15)
+    plain = {f"AUGMENT__{name}": 0.0 for name in get_defaults().AUGMENT}
+    cfg = memory_world.config("full_disk", DATA__FEATURE_CACHE=tmp_path / "cache", **plain)
+    stderr = refusal(cfg, tmp_path / "run", capfd, "--dry-run")
+    assert "DATA.FEATURE_CACHE: features take 45000000.0 GB more" in stderr and "DATA.SUBSET_FRACTION" in stderr

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 from training_world import TEACHER_FILE, MemoryWorld
 
@@ -14,7 +15,14 @@ from sam3.model.prompt_sampling import PointPrompts
 from sam3_train.distributed import training_run
 from stage2.train_memory_stage2 import DEFAULT_CONFIG
 from stage2.verification import Verification
-from stage2.verification_checks import CHECKS, CheckError, check_clicks, check_gradients, check_modes
+from stage2.verification_checks import (
+    CHECKS,
+    CheckError,
+    check_clicks,
+    check_gradients,
+    check_modes,
+    check_tokens,
+)
 from stage2.verify_training_pipeline import main
 
 
@@ -61,6 +69,23 @@ def test_a_part_that_is_cut_off_is_noticed(verification: Verification, monkeypat
     monkeypatch.setattr(EfficientSam3Train, "compress", lambda self, memory: compress(self, memory).detach())
     with pytest.raises(CheckError, match="gradients are zero"):
         check_gradients(verification)
+
+
+@pytest.mark.parametrize("windows", [64, 0])
+def test_tokens_without_a_place_are_noticed(windows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Defect 7.6 (7): of each kind of token."""
+    opts = ("MODEL.START", "fresh", "MODEL.MEMORY.NUM_LATENTS_2D", str(windows))
+    opts += ("MODEL.MEMORY.NUM_LATENTS", str(64 - windows))
+    with training_run("cpu") as run:
+        verification = Verification(run, tmp_path, TEACHER_FILE, DEFAULT_CONFIG, opts)
+        assert "64 codes" in check_tokens(verification)
+        resampler = verification.model.spatial_perceiver
+        assert resampler is not None
+        blind = torch.zeros_like(resampler.latent_codes())
+        monkeypatch.setattr(type(resampler), "latent_codes", lambda self: blind)
+        resampler.position_code.table.zero_()
+        with pytest.raises(CheckError, match=r"the same position|keys have no spatial position"):
+            check_tokens(verification)
 
 
 def test_failed_checks_are_in_the_table_and_in_the_exit_code(
