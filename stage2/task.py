@@ -134,6 +134,7 @@ class Stage2Task(Task):
                 raise ValueError("a memory that is not compressed has nothing to reconstruct: set reconstruction to 0")
             self.memory_decoder = MemoryDecoder(model.settings.mem_dim, model.config.grid_size)
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
+        self._step: int | None = None  # the same on the host, which need not wait for the device then
 
     @property
     def teacher(self) -> Sam3Tracker | None:
@@ -164,7 +165,8 @@ class Stage2Task(Task):
         options, weights = self.options, self.options.losses
         features, coverage = self.tracked_rows(clips)
         plan = draw_plan(len(features), options.prompting)
-        seed, step = int(torch.randint(2**62, ())), int(self.steps_done)
+        seed, step = int(torch.randint(2**62, ())), int(self.steps_done) if self._step is None else self._step
+        self._step = step + 1
         self.steps_done += 1
         taught = self._teach(features, coverage, plan, seed)
         if step < options.forced_steps and taught is not None:
@@ -189,7 +191,7 @@ class Stage2Task(Task):
             terms["loss"] = terms["loss"] + distillation_loss(compared, options.distill).to(terms["loss"].device)
         terms["loss"] = terms["loss"] + 0.0 * self._nothing()
         ious, is_tracked = tracked_ious(result, coverage)
-        return {**terms, "iou_tracked": ious[is_tracked].mean()}
+        return {**terms, "iou_tracked": (ious * is_tracked).sum() / is_tracked.sum()}
 
     def _nothing(self) -> Tensor:
         """A number that every trained parameter has a gradient of.
@@ -327,6 +329,7 @@ class Stage2Task(Task):
         Raises:
             UserError: If names or shapes differ.
         """
+        self._step = None
         own = {(_MODEL if is_trained(name) else "") + name: value for name, value in state_dict.items()}
         load_strict(self, own, where, allow_missing=[name for name in self.state_dict() if _is_frozen_name(name)])
 
