@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from training_world import TEACHER_FILE, MemoryWorld
+from training_world import MemoryWorld
 
 from sam3.model.efficient_sam3_train import EfficientSam3Train
 from sam3.model.prompt_sampling import PointPrompts
@@ -26,10 +26,12 @@ from stage2.verification_checks import (
 from stage2.verify_training_pipeline import main
 
 
-@pytest.fixture
-def verification(tmp_path: Path) -> Iterator[Verification]:
+@pytest.fixture(scope="module")
+def verification(memory_world: MemoryWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Verification]:
+    """Shared: each check brings it to the mode that it needs."""
+    folder = tmp_path_factory.mktemp("verification")
     with training_run("cpu") as run:
-        yield Verification(run, tmp_path, TEACHER_FILE, DEFAULT_CONFIG)
+        yield Verification(run, folder, memory_world.base, DEFAULT_CONFIG, ("MODEL.START", "fresh"))
 
 
 def test_all_is_well(memory_world: MemoryWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,12 +74,14 @@ def test_a_part_that_is_cut_off_is_noticed(verification: Verification, monkeypat
 
 
 @pytest.mark.parametrize("windows", [64, 0])
-def test_tokens_without_a_place_are_noticed(windows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_without_a_place_are_noticed(
+    windows: int, memory_world: MemoryWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Defect 7.6 (7): of each kind of token."""
     opts = ("MODEL.START", "fresh", "MODEL.MEMORY.NUM_LATENTS_2D", str(windows))
     opts += ("MODEL.MEMORY.NUM_LATENTS", str(64 - windows))
     with training_run("cpu") as run:
-        verification = Verification(run, tmp_path, TEACHER_FILE, DEFAULT_CONFIG, opts)
+        verification = Verification(run, tmp_path, memory_world.base, DEFAULT_CONFIG, opts)
         assert "64 codes" in check_tokens(verification)
         resampler = verification.model.spatial_perceiver
         assert resampler is not None
