@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 34, 40
-COLORS = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)")
+COLORS = ("var(--series-1)", "var(--series-2)", "var(--series-3)", "var(--series-4)", "var(--series-5)")
 
 
 @dataclass(frozen=True)
