@@ -9,7 +9,7 @@ from pathlib import Path
 
 from yacs.config import CfgNode
 
-from sam3_train.config import apply_flags, load_config, write_run_record
+from sam3_train.config import read_run_config, write_run_record
 from sam3_train.distributed import RunContext
 from sam3_train.errors import attempt, require_no_problems
 from sam3_train.loop import fit_many
@@ -38,12 +38,7 @@ def read_configs(args: argparse.Namespace) -> tuple[list[CfgNode], list[Path]]:
     Raises:
         UserError: If a file, key or value is wrong.
     """
-    cfgs = []
-    for cfg_file in args.cfg:
-        cfg = load_config(get_defaults(), cfg_file, args.opts)
-        apply_flags(cfg, args)
-        cfg.MODEL.NAME = cfg.MODEL.NAME or Path(cfg_file).stem
-        cfgs.append(cfg)
+    cfgs = [read_run_config(get_defaults(), cfg_file, args) for cfg_file in args.cfg]
     return cfgs, _choose_outputs(cfgs, args.cfg)
 
 

@@ -11,7 +11,7 @@ from yacs.config import CfgNode
 
 from sam3.backbones import backbone_spec
 from sam3.hub import download_ckpt_from_hf
-from sam3_train.config import apply_flags, load_config, write_run_record
+from sam3_train.config import read_run_config, write_run_record
 from sam3_train.distillation_config import preprocess_config, teacher_config
 from sam3_train.distributed import RunContext
 from sam3_train.errors import UserError, attempt, require_no_problems
@@ -96,11 +96,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: If a file, key or value is wrong.
     """
-    cfg = load_config(get_defaults(), args.cfg, args.opts)
-    apply_flags(cfg, args)
-    cfg.MODEL.NAME = cfg.MODEL.NAME or Path(args.cfg).stem
-    cfg.OUTPUT = cfg.OUTPUT or f"output/stage1_geometry/{Path(args.cfg).stem}"
-    return cfg
+    return read_run_config(get_defaults(), args.cfg, args, "output/stage1_geometry")
 
 
 def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:

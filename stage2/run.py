@@ -12,7 +12,7 @@ from yacs.config import CfgNode
 from sam3.checkpoint_io import sha256_file
 from sam3.model.efficient_sam3_model_builder import save_efficient_sam3_checkpoint
 from sam3_train.checkpoint import CheckpointManager, load_common
-from sam3_train.config import apply_flags, config_to_dict, load_config, write_run_record
+from sam3_train.config import config_to_dict, read_run_config, write_run_record
 from sam3_train.distributed import RunContext, broadcast_object
 from sam3_train.errors import UserError, attempt, require_no_problems
 from sam3_train.learner import Member
@@ -61,11 +61,7 @@ def read_config(args: argparse.Namespace) -> CfgNode:
     Raises:
         UserError: If a file, key or value is wrong.
     """
-    cfg = load_config(get_defaults(), args.cfg, args.opts)
-    apply_flags(cfg, args)
-    cfg.MODEL.NAME = cfg.MODEL.NAME or Path(args.cfg).stem
-    cfg.OUTPUT = cfg.OUTPUT or f"output/stage2/{Path(args.cfg).stem}"
-    return cfg
+    return read_run_config(get_defaults(), args.cfg, args, "output/stage2")
 
 
 def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:

@@ -199,6 +199,28 @@ def apply_flags(cfg: CfgNode, args: argparse.Namespace) -> None:
             set_key(cfg, key, value, "--" + flag.replace("_", "-"))
 
 
+def read_run_config(
+    defaults: CfgNode, cfg_file: str | Path, args: argparse.Namespace, output_root: str = ""
+) -> CfgNode:
+    """The settings of a run, ``args.opts`` and flags applied; a run without a name has that of its file.
+
+    Args:
+        defaults: As for `load_config`.
+        cfg_file: Likewise.
+        args: Parsed flags, among them those of `add_common_args`.
+        output_root: A run without a folder gets one of the file's name in here; empty: ``OUTPUT`` stays as it is.
+
+    Raises:
+        UserError: If a file, key or value is wrong.
+    """
+    cfg, stem = load_config(defaults, cfg_file, args.opts), Path(cfg_file).stem
+    apply_flags(cfg, args)
+    cfg.MODEL.NAME = cfg.MODEL.NAME or stem
+    if output_root:
+        cfg.OUTPUT = cfg.OUTPUT or f"{output_root}/{stem}"
+    return cfg
+
+
 def write_run_record(output: str | Path, cfg: CfgNode, extra: dict[str, Any] | None = None) -> Path:
     """Write ``config.json``: the whole config, the environment, and what the caller adds.
 
