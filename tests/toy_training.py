@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from yacs.config import CfgNode
 
-from sam3_train.checkpoint import CheckpointManager, load_common
+from sam3_train.checkpoint import CheckpointManager, load_checkpoint, load_common, state_dict_sha256
 from sam3_train.config import load_config, training_defaults
 from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler
 from sam3_train.distributed import RunContext, training_run
@@ -169,6 +170,26 @@ class Group:
 def run_group(body: Callable[..., Any], world_size: int, folder: Path, *args: Any, **kwargs: Any) -> Ended:
     """Start a `Group` and wait for it."""
     return Group(body, world_size, folder, args, **kwargs).wait()
+
+
+def kill_9_inside_an_epoch(body: Callable[..., Any], folder: Path, cfg: Path, run: Path) -> None:
+    """Start ``body(cfg, run)`` in two processes and kill both once ``run`` holds two checkpoints."""
+    group = Group(body, 2, folder, (cfg, run))
+    deadline = time.monotonic() + 90
+    while not (run / "last.json").exists() or len(CheckpointManager(run).names()) < 2:
+        assert time.monotonic() < deadline and all(p.is_alive() for p in group.processes), group.log.read_text()
+        time.sleep(0.01)
+    for process in group.processes:
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGKILL)
+    assert group.wait().codes == [-signal.SIGKILL] * 2
+
+
+def learnt(checkpoint: Path) -> dict[str, str]:
+    """Hashes of the weights and of the optimizer's moments in a checkpoint."""
+    state = load_checkpoint(checkpoint)
+    moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
+    return {"model": state_dict_sha256(state["model"]), "moments": state_dict_sha256(moments)}
 
 
 def _run_rank(

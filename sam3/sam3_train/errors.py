@@ -1,7 +1,8 @@
 """What a user can do wrong, and how a command line says so.
 
 A command's ``main(argv)`` is a thin call of `run_cli`, which turns each way to end into an exit code:
-0 done, 2 a user's mistake (one or a few lines, no traceback), 1 a bug (traceback), 130 interrupted after saving.
+0 done, 2 a user's mistake (one or a few lines, no traceback), 1 a bug (traceback) or an output that nobody reads any
+more (one line), 130 interrupted after saving.
 """
 
 from __future__ import annotations
@@ -100,8 +101,13 @@ def run_cli(main_body: MainBody, argv: list[str] | None = None) -> int:
         0, 1, 2 or 130 as described in the module's docstring, or what ``main_body`` returned.
     """
     try:
-        return main_body(argv) or EXIT_DONE
+        code = main_body(argv) or EXIT_DONE
+        sys.stdout.flush()
+        return code
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _give_up_closed_stdout():
+            print("stopped: whoever read the output has closed it, as `head` does", file=sys.stderr, flush=True)
+            return EXIT_BUG
         code = exit_code_of(error)
         if _should_report(error):
             _report(error, code)
@@ -110,6 +116,16 @@ def run_cli(main_body: MainBody, argv: list[str] | None = None) -> int:
         if _should_report(error):
             print(f"interrupted by {str(error) or 'SIGINT'}", file=sys.stderr, flush=True)
         return EXIT_INTERRUPTED
+
+
+def _give_up_closed_stdout() -> bool:
+    """Whether nobody reads the standard output any more; then it goes nowhere, also what Python writes at its end."""
+    try:
+        print(flush=True)  # any pipe may have broken; only trying tells which
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _report(error: Exception, code: int) -> None:

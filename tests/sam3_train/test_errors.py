@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -74,3 +76,24 @@ def test_several_problems_are_reported_at_once():
     message = str(UserError.from_problems("preflight", ["no photos", "no disk"]))
     assert message == "preflight: 2 problems\n  - no photos\n  - no disk"
     assert str(UserError.from_problems("preflight", ["no photos"])) == "preflight: no photos"
+
+
+def test_a_closed_output_is_one_line_and_no_traceback():
+    """As when a plan is read with `head`; whether Python finds out at the first print or at its end."""
+    code = "import sys; from sam3_train.errors import run_cli; sys.exit(run_cli(lambda _: print('x' * {size})))"
+    for size in (10, 1_000_000):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-c", code.format(size=size)]
+        ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+        os.close(write)
+        assert ended.returncode == 1
+        assert ended.stderr == "stopped: whoever read the output has closed it, as `head` does\n"
+
+
+def test_a_pipe_that_breaks_elsewhere_is_a_bug(capsys):
+    def body(argv):
+        raise BrokenPipeError("a worker is gone")
+
+    assert run_cli(body, []) == 1
+    assert "Traceback" in capsys.readouterr().err

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from finetune_world import FinetuneWorld
-from toy_training import Group, run_group
+from toy_training import kill_9_inside_an_epoch, learnt, run_group
 
-from sam3_train.checkpoint import CheckpointManager, load_checkpoint, state_dict_sha256
+from sam3_train.checkpoint import load_checkpoint, state_dict_sha256
 from sam3_train.log import read_metrics
 from stage1_geometry_finetune import run as run_module
 from stage1_geometry_finetune.task import GeometryTask
@@ -50,13 +48,6 @@ def train_and_hash(cfg: Path, output: Path) -> None:
     (output / f"weights{os.environ['RANK']}.txt").write_text(state_dict_sha256(tasks[0].saved_state()))
 
 
-def learnt(folder: Path) -> dict[str, str]:
-    """Hashes of what the finished run's last checkpoint holds."""
-    state = load_checkpoint(folder / LAST)
-    moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
-    return {"model": state_dict_sha256(state["model"]), "moments": state_dict_sha256(moments)}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(finetune_world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -68,7 +59,7 @@ def uninterrupted(finetune_world, tmp_path_factory) -> Path:
 def test_two_processes_end_with_identical_parameters(uninterrupted, finetune_world):
     """D-80: gradients are averaged, neck included; each rank's own weights are hashed, not rank 0's checkpoint."""
     first, second = ((uninterrupted / f"weights{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second == learnt(uninterrupted)["model"]
+    assert first == second == learnt(uninterrupted / LAST)["model"]
     start = load_checkpoint(finetune_world.start)["model"]
     end = load_checkpoint(uninterrupted / LAST)["model"]
     assert any(not torch.equal(value, end[key]) for key, value in start.items())
@@ -77,17 +68,9 @@ def test_two_processes_end_with_identical_parameters(uninterrupted, finetune_wor
 def test_a_run_killed_with_kill_9_ends_with_the_same_weights(uninterrupted, finetune_world, tmp_path):
     """D-87: both processes die inside an epoch; the same command continues, bit for bit."""
     cfg, run = run_config(finetune_world), tmp_path / "run"
-    group = Group(train_and_hash, 2, tmp_path, (cfg, run))
-    deadline = time.monotonic() + 90
-    while not (run / "last.json").exists() or len(CheckpointManager(run).names()) < 2:
-        assert time.monotonic() < deadline and all(p.is_alive() for p in group.processes), group.log.read_text()
-        time.sleep(0.01)
-    for process in group.processes:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-    assert group.wait().codes == [-signal.SIGKILL] * 2
+    kill_9_inside_an_epoch(train_and_hash, tmp_path, cfg, run)
     assert not (run / LAST).exists()
     ended = run_group(train_and_hash, 2, tmp_path, cfg, run)
     assert ended.codes == [0, 0] and "continuing from" in ended.text, ended.text
-    assert learnt(run) == learnt(uninterrupted)
+    assert learnt(run / LAST) == learnt(uninterrupted / LAST)
     assert [record["step"] for record in read_metrics(run, "train")] == list(range(1, 10))

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from toy_training import Group, run_group
+from toy_training import kill_9_inside_an_epoch, learnt, run_group
 from training_world import MemoryWorld
 
-from sam3_train.checkpoint import CheckpointManager, load_checkpoint, state_dict_sha256
+from sam3_train.checkpoint import state_dict_sha256
 from sam3_train.log import read_metrics
 from stage2 import run as run_module
 from stage2.task import Stage2Task
@@ -52,13 +49,6 @@ def train_and_hash(cfg: Path, output: Path) -> None:
     (output / f"weights{os.environ['RANK']}.txt").write_text(state_dict_sha256(tasks[0].saved_state()))
 
 
-def learnt(folder: Path) -> dict[str, str]:
-    """Hashes of what the finished run's last checkpoint holds."""
-    state = load_checkpoint(folder / LAST)
-    moments = {f"{i}.{k}": torch.as_tensor(v) for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
-    return {"model": state_dict_sha256(state["model"]), "moments": state_dict_sha256(moments)}
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(memory_world: MemoryWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
@@ -70,7 +60,7 @@ def uninterrupted(memory_world: MemoryWorld, tmp_path_factory: pytest.TempPathFa
 def test_two_processes_end_with_identical_parameters(uninterrupted: Path) -> None:
     """D-110, 7.6 (3): gradients are averaged; each rank's own weights are hashed, not rank 0's checkpoint."""
     first, second = ((uninterrupted / f"weights{rank}.txt").read_text() for rank in (0, 1))
-    assert first == second == learnt(uninterrupted)["model"]
+    assert first == second == learnt(uninterrupted / LAST)["model"]
     assert [record["step"] for record in read_metrics(uninterrupted, "train")] == [1, 2, 3, 4]
     assert (uninterrupted / "model_final.pth").is_file()
 
@@ -80,16 +70,8 @@ def test_a_run_killed_with_kill_9_ends_with_the_same_weights(
 ) -> None:
     """D-122, 7.6 (24): both processes die inside an epoch; the same command continues, bit for bit."""
     cfg, run = run_config(memory_world), tmp_path / "run"
-    group = Group(train_and_hash, 2, tmp_path, (cfg, run))
-    deadline = time.monotonic() + 90
-    while not (run / "last.json").exists() or len(CheckpointManager(run).names()) < 2:
-        assert time.monotonic() < deadline and all(p.is_alive() for p in group.processes), group.log.read_text()
-        time.sleep(0.01)
-    for process in group.processes:
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-    assert group.wait().codes == [-signal.SIGKILL] * 2
+    kill_9_inside_an_epoch(train_and_hash, tmp_path, cfg, run)
     assert not (run / LAST).exists()
     ended = run_group(train_and_hash, 2, tmp_path, cfg, run)
     assert ended.codes == [0, 0] and "continuing from" in ended.text, ended.text
-    assert learnt(run) == learnt(uninterrupted)
+    assert learnt(run / LAST) == learnt(uninterrupted / LAST)
