@@ -82,7 +82,7 @@ def build_plan(
         warning=lr_warning(schedule, train.OPTIMIZER.NAME, train.LR_SCALING),
         disk_bytes=checkpoint_bytes * num_kept_checkpoints(train) + final_bytes,
         cache_bytes=0 if cache is None else sum(cache.bytes_to_write(v) for v in (clips.train, clips.val) if v),
-        forced_steps=task_options(cfg, num_steps).forced_steps,
+        forced_steps=task_options(cfg, num_steps).forced_batches,
     )
 
 

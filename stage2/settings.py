@@ -222,13 +222,13 @@ def distill_weights(cfg: CfgNode) -> DistillWeights:
 
 
 def task_options(
-    cfg: CfgNode, num_steps: int = 1, feature_dtype: torch.dtype | None = None, feature_scale: float = 1.0
+    cfg: CfgNode, num_batches: int = 1, feature_dtype: torch.dtype | None = None, feature_scale: float = 1.0
 ) -> Stage2Options:
     """Everything that the task is told.
 
     Args:
         cfg: The settings.
-        num_steps: Of the whole run, for shares of it.
+        num_batches: Of this rank in the whole run, for shares of it.
         feature_dtype: The frozen backbone computes in it; None: in that of its weights.
         feature_scale: ``FORWARD.FEATURE_SCALE``, or what was measured in its place.
 
@@ -251,8 +251,8 @@ def task_options(
             losses=losses,
             distill=distill,
             video_frames=forward.VIDEO_FRAMES,
-            presence_steps=forward.PRESENCE_STEPS,
-            forced_steps=math.ceil(cfg.DISTILL.FORCED_SHARE * num_steps),
+            presence_batches=forward.PRESENCE_STEPS * max(1, cfg.TRAIN.ACCUMULATION_STEPS),
+            forced_batches=math.ceil(cfg.DISTILL.FORCED_SHARE * num_batches),
             through_masks=forward.THROUGH_MASKS,
             still_frames=forward.STILL_FRAMES,
             frames_at_once=forward.FRAMES_AT_ONCE,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +64,7 @@ def build_task(
         than 0).
     """
     scale = cfg.FORWARD.FEATURE_SCALE or _measured_scale(cfg, model, loader, run)
-    options = task_options(cfg, num_steps(cfg, loader), trunk_dtype(cfg, run), scale)
+    options = task_options(cfg, cfg.TRAIN.EPOCHS * len(loader), trunk_dtype(cfg, run), scale)
     starts = starts_from_full(cfg, base) and run.is_main and not is_resumed
     full = full_memory_teacher(base.path, run.device) if starts or options.distill.is_on else None
     task = Stage2Task(model, options, full if options.distill.is_on else None)
@@ -77,11 +76,6 @@ def build_task(
     if error > 1.0:
         print("warning: that is further away than a constant: MODEL.START fresh may begin better", flush=True)
     return task, error
-
-
-def num_steps(cfg: CfgNode, loader: EpochLoader) -> int:
-    """Optimizer steps of a run to its last epoch."""
-    return int(cfg.TRAIN.EPOCHS) * math.ceil(len(loader) / max(1, cfg.TRAIN.ACCUMULATION_STEPS))
 
 
 def _measured_scale(cfg: CfgNode, model: EfficientSam3Train, loader: EpochLoader, run: RunContext) -> float:

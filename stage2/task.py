@@ -43,6 +43,7 @@ _ADDED_TO_FEATURES = (".out_proj.weight", ".linear2.weight")
 _SCALES_LIKE_FEATURES = ("memory_attention.norm.",)
 _READS_FEATURES = ("maskmem_backbone.pix_feat_proj.",)
 _TABLES = ("spatial_perceiver.latents", "maskmem_tpos_enc", "no_obj_embed_spatial")
+_IDLE_WHEN_FORCED = (_MODEL + "maskmem_backbone.", _MODEL + "no_obj_embed_spatial", "memory_decoder.")
 _MOST_SCALE = 30.0
 
 
@@ -55,11 +56,11 @@ class Stage2Options:
     distill: DistillWeights = field(default_factory=DistillWeights)
     video_frames: int = 16
     """Clips stand for videos of at least this length, so that pointers' positions in time mean what they mean there."""
-    presence_steps: int = 0
-    """For so many first steps memories are written as if the object score were right: the frozen score may find
+    presence_batches: int = 0
+    """For so many first batches memories are written as if the object score were right: the frozen score may find
     everything absent as long as the memory is bad, and nothing is then learned from what masks leave in it."""
-    forced_steps: int = 0
-    """For so many first steps the memory stores what the teacher has stored, compressed, and only the features behind
+    forced_batches: int = 0
+    """For so many first batches the memory stores what the teacher has stored, compressed, and only the features behind
     the memory attention are compared with the teacher's: `stage2.distill.forced_features`."""
     through_masks: bool = False
     """Let gradients of later frames pass through the masks that memories are made of."""
@@ -83,10 +84,10 @@ class Stage2Options:
             if getattr(self, name) < 1
         ]
         problems += [
-            f"{name} must be at least 0" for name in ("presence_steps", "forced_steps") if getattr(self, name) < 0
+            f"{name} must be at least 0" for name in ("presence_batches", "forced_batches") if getattr(self, name) < 0
         ]
-        if self.forced_steps and not self.distill.features:
-            problems.append(f"{self.forced_steps} forced_steps compare features alone, whose weight is 0")
+        if self.forced_batches and not self.distill.features:
+            problems.append(f"{self.forced_batches} forced_batches compare features alone, whose weight is 0")
         if not self.feature_scale > 0:
             problems.append(f"feature_scale must be positive, got {self.feature_scale}")
         if not self.val_kinds or set(self.val_kinds) - set(PROMPT_KINDS):
@@ -114,7 +115,7 @@ class Stage2Task(Task):
     best_metric = "j_and_f"
     best_mode = "max"
     samples = "clips"
-    steps_done: Tensor
+    batches_done: Tensor
 
     def __init__(
         self, model: EfficientSam3Train, options: Stage2Options | None = None, teacher: Sam3Tracker | None = None
@@ -133,8 +134,9 @@ class Stage2Task(Task):
             if not model.memory.is_compressed:
                 raise ValueError("a memory that is not compressed has nothing to reconstruct: set reconstruction to 0")
             self.memory_decoder = MemoryDecoder(model.settings.mem_dim, model.config.grid_size)
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
-        self._step: int | None = None  # the same on the host, which need not wait for the device then
+        self.register_buffer("batches_done", torch.zeros((), dtype=torch.long))
+        self._batch: int | None = None  # the same on the host, which need not wait for the device then
+        self._was_forced = False
 
     @property
     def teacher(self) -> Sam3Tracker | None:
@@ -165,19 +167,21 @@ class Stage2Task(Task):
         options, weights = self.options, self.options.losses
         features, coverage = self.tracked_rows(clips)
         plan = draw_plan(len(features), options.prompting)
-        seed, step = int(torch.randint(2**62, ())), int(self.steps_done) if self._step is None else self._step
-        self._step = step + 1
-        self.steps_done += 1
+        seed, batch = int(torch.randint(2**62, ())), int(self.batches_done) if self._batch is None else self._batch
+        self._batch = batch + 1
+        self.batches_done += 1
         taught = self._teach(features, coverage, plan, seed)
-        if step < options.forced_steps and taught is not None:
+        self._was_forced = batch < options.forced_batches and taught is not None
+        if self._was_forced and taught is not None:
             error = forced_error(self.model, features, taught, coverage, options.video_frames)
             loss = options.distill.features * error
             return {"loss": loss + 0.0 * self._nothing(), "teacher_features": error}
         with watched_compressions(self.model) as compressions:
-            result = self._play(self.model, features, coverage, plan, seed, step < options.presence_steps)
-        terms = tracking_losses(judged_answers(result, coverage), weights) if result.answers else self._no_terms()
+            result = self._play(self.model, features, coverage, plan, seed, batch < options.presence_batches)
+        judged = judged_answers(result, coverage)
+        terms = tracking_losses(judged, weights, len(features)) if judged else self._no_terms()
         if weights.absent:
-            terms["absent"] = absent_loss(judged_answers(result, coverage)) if result.answers else terms["loss"] * 0.0
+            terms["absent"] = absent_loss(judged) if judged else terms["loss"] * 0.0
         if weights.temporal:
             terms["temporal"] = temporal_loss(result, coverage)
         if self.memory_decoder is not None:
@@ -305,6 +309,10 @@ class Stage2Task(Task):
 
     # --- optimizer and checkpoints ------------------------------------------------------------------------------------
 
+    def idle_prefixes(self) -> tuple[str, ...]:
+        """As long as memories are the teacher's, nothing writes one."""
+        return _IDLE_WHEN_FORCED if self._was_forced else ()
+
     def lr_scale(self, name: str) -> float:
         """What is added to large features must grow large, what reads them must grow less; see ``feature_scale``."""
         scale = min(max(self.options.feature_scale, 1.0 / _MOST_SCALE), _MOST_SCALE)
@@ -329,7 +337,7 @@ class Stage2Task(Task):
         Raises:
             UserError: If names or shapes differ.
         """
-        self._step = None
+        self._batch = None
         own = {(_MODEL if is_trained(name) else "") + name: value for name, value in state_dict.items()}
         load_strict(self, own, where, allow_missing=[name for name in self.state_dict() if _is_frozen_name(name)])
 

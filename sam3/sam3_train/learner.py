@@ -184,6 +184,10 @@ class Learner:
     def step(self, is_bad: Tensor) -> None:
         """Update the weights unless the 0-dim tensor ``is_bad`` (the same on all ranks) is positive."""
         set_lr(self.optimizer, self.schedule.lr(self.counters.updates))
+        idle = self.task.idle_prefixes()
+        for name, parameter in self.task.named_parameters() if idle else ():
+            if name.startswith(idle):
+                parameter.grad = None
         step_unless(self.optimizer, is_bad)
         if self.scaler is not None:
             self.scaler.update()

@@ -100,6 +100,13 @@ class Task(nn.Module):
         """Whether a parameter is decayed."""
         return default_weight_decay(name, parameter)
 
+    def idle_prefixes(self) -> tuple[str, ...]:
+        """Names, or their beginnings, of parameters that had no part in the last batch, on any rank.
+
+        The optimizer leaves them alone: a gradient of 0 would still decay them and let their moments fade.
+        """
+        return ()
+
     def train(self, mode: bool = True) -> Task:
         """Switch to training mode, frozen modules excepted: their BatchNorm statistics must not move."""
         super().train(mode)

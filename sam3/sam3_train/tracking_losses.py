@@ -2,9 +2,9 @@
 
 From SAM 2 (https://arxiv.org/abs/2408.00714, appendix D.2.2): focal loss and Dice on the best of the candidates, an L1
 loss on all predicted IoUs, and cross entropy on whether the object is there, weighted 20 : 1 : 1 : 1. Masks and IoUs
-count only on frames that show the object. Two things differ: SAM 2 sums over frames and answers, here they are
-averaged, so that a weight and a learning rate mean the same for clips of 4 and of 16 frames; and the masks are judged
-before an object that is found absent loses its mask, because a mask that was replaced by a constant teaches nothing.
+count only on frames that show the object. Two things differ: SAM 2 sums over frames, here they are averaged, so that a
+weight and a learning rate mean the same for clips of 4 and of 16 frames; and the masks are judged before an object that
+is found absent loses its mask, because a mask that was replaced by a constant teaches nothing.
 """
 
 from __future__ import annotations
@@ -81,15 +81,19 @@ def answer_terms(answer: TrackingAnswer, weights: TrackingLossWeights) -> dict[s
     }
 
 
-def tracking_losses(answers: Iterable[TrackingAnswer], weights: TrackingLossWeights | None = None) -> dict[str, Tensor]:
+def tracking_losses(
+    answers: Iterable[TrackingAnswer], weights: TrackingLossWeights | None = None, num_frames: int | None = None
+) -> dict[str, Tensor]:
     """The loss of a clip.
 
     Args:
         answers: Every answer on every frame.
         weights: Of the terms; None: SAM 2's.
+        num_frames: Of the clip: the answers on a frame add up, as in SAM 2, so that a frame teaches as much beside a
+            corrected one as it does alone. None: answers are averaged.
 
     Returns:
-        ``loss`` and its unweighted terms, scalars: means over answers and objects.
+        ``loss`` and its unweighted terms, scalars: means over objects and frames (or answers).
 
     Raises:
         ValueError: If there is no answer, or shapes do not fit together.
@@ -98,7 +102,8 @@ def tracking_losses(answers: Iterable[TrackingAnswer], weights: TrackingLossWeig
     per_answer = [answer_terms(answer, weights) for answer in answers]
     if not per_answer:
         raise ValueError("a clip without answers has no loss")
-    terms = {name: torch.stack([one[name] for one in per_answer]).mean() for name in per_answer[0]}
+    count = len(per_answer) if num_frames is None else num_frames
+    terms = {name: torch.stack([one[name] for one in per_answer]).sum() / count for name in per_answer[0]}
     loss = sum((getattr(weights, name) * term for name, term in terms.items()), torch.zeros_like(terms["dice"]))
     return {"loss": loss, **terms}
 

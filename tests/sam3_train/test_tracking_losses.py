@@ -79,6 +79,16 @@ def test_mean_over_answers_does_not_depend_on_their_number() -> None:
         torch.testing.assert_close(value, twice[name])
 
 
+def test_answers_on_a_frame_add_up() -> None:
+    """A tracked frame counts alike in a clip without corrections and in one whose first frame has seven of them."""
+    first, tracked = make_answer(seed=0), make_answer(seed=1)
+    alone = tracking_losses([first, tracked], num_frames=2)
+    corrected = tracking_losses([*[first] * 8, tracked], num_frames=2)
+    seven = tracking_losses([first] * 7, num_frames=2)
+    for name, value in alone.items():
+        torch.testing.assert_close(corrected[name], value + seven[name])
+
+
 def test_bad_arguments() -> None:
     answer = make_answer()
     with pytest.raises(ValueError, match="no loss"):

@@ -90,10 +90,10 @@ def test_what_is_saved_is_what_is_trained(model: EfficientSam3Train) -> None:
     saved = task.saved_state()
     extra = {name for name in saved if not is_trained(name)}
     assert {name for name in saved if is_trained(name)} == set(model.trained_state())
-    assert extra == {"steps_done", *(f"memory_decoder.{name}" for name in task.memory_decoder.state_dict())}
+    assert extra == {"batches_done", *(f"memory_decoder.{name}" for name in task.memory_decoder.state_dict())}
     other = Stage2Task(make_model(MEMORY, seed=9), task.options)
     other.load_saved_state({name: value.clone() for name, value in saved.items()}, "here")
-    assert int(other.steps_done) == 1
+    assert int(other.batches_done) == 1
     assert all(torch.equal(value, saved[name]) for name, value in other.saved_state().items())
     with pytest.raises(UserError, match=r"1 missing, first model\.mem_proj\.bias"):
         other.load_saved_state({name: value for name, value in saved.items() if name != "mem_proj.bias"}, "here")
@@ -118,7 +118,7 @@ def test_an_image_teaches_through_the_memory_of_a_still_clip(model: EfficientSam
 
 def test_presence_is_forced_at_first_only(model: EfficientSam3Train, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen score that finds everything absent must not stop all gradients."""
-    task = Stage2Task(model, Stage2Options(FEW_CLICKS, presence_steps=2))
+    task = Stage2Task(model, Stage2Options(FEW_CLICKS, presence_batches=2))
     forced: list[bool] = []
     play = task._play
     monkeypatch.setattr(task, "_play", lambda *inputs: (forced.append(inputs[-1]), play(*inputs))[1])
@@ -222,7 +222,7 @@ def test_latents_tables_norms_and_biases_are_not_decayed(model: EfficientSam3Tra
 def test_impossible_options(model: EfficientSam3Train, teacher: Sam3Tracker) -> None:
     for changes, said in (
         ({"still_frames": 0}, "still_frames"),
-        ({"presence_steps": -1}, "presence_steps"),
+        ({"presence_batches": -1}, "presence_batches"),
         ({"feature_scale": 0.0}, "feature_scale"),
         ({"val_kinds": ("poke",)}, "val_kinds"),
         ({"val_kinds": ()}, "val_kinds"),

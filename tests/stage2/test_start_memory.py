@@ -65,7 +65,7 @@ def test_a_memory_starts_near_the_full_one(full: Sam3Tracker, memory: EfficientM
     assert error < 0.7
     largest = max(float(value.abs().max()) for value in task.model.trained_state().values())
     assert largest < 1000.0, "a memory has to fit into files of half precision"
-    options = Stage2Options(distill=DistillWeights(features=1.0), forced_steps=1)
+    options = Stage2Options(distill=DistillWeights(features=1.0), forced_batches=1)
     fresh, started = (
         float(Stage2Task(model, options, full)(batches[0])["loss"].detach())
         for model in (make_model(memory), task.model)
@@ -107,7 +107,7 @@ def test_clips_of_one_frame_show_no_memory(full: Sam3Tracker) -> None:
 def test_forced_steps_compress_what_the_teacher_stored(full: Sam3Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model(WINDOWS)
     options = Stage2Options(
-        ClipPrompting(num_corrected=(0, 1), clicks_per_frame=1), distill=DistillWeights(features=2.0), forced_steps=1
+        ClipPrompting(num_corrected=(0, 1), clicks_per_frame=1), distill=DistillWeights(features=2.0), forced_batches=1
     )
     task = Stage2Task(model, options, full).train()
     torch.manual_seed(0)
@@ -117,9 +117,11 @@ def test_forced_steps_compress_what_the_teacher_stored(full: Sam3Tracker, monkey
     terms["loss"].backward()
     moved = {name.split(".")[0] for name, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     assert {"spatial_perceiver", "memory_attention", "mem_proj", "mem_pos_proj"} <= moved
-    assert "maskmem_backbone" not in moved
     assert all(p.grad is not None for p in task.parameters() if p.requires_grad)
-    assert "focal" in task(make_batch(3))
+    trained = {name: p for name, p in task.named_parameters() if p.requires_grad}
+    unmoved = {name for name, p in trained.items() if not bool(p.grad.any())}
+    assert unmoved == {name for name in trained if name.startswith(task.idle_prefixes())} != set()
+    assert "focal" in task(make_batch(3)) and task.idle_prefixes() == ()
 
 
 @pytest.mark.parametrize("plan", [ClipPlan("mask", (0,)), ClipPlan("box", (0, 2), (1,))])
@@ -142,5 +144,5 @@ def test_places_are_the_middles_of_cells() -> None:
 
 
 def test_forced_steps_need_the_weight_of_features() -> None:
-    with pytest.raises(ValueError, match="5 forced_steps compare features alone"):
-        Stage2Options(forced_steps=5, distill=DistillWeights(mask=1.0))
+    with pytest.raises(ValueError, match="5 forced_batches compare features alone"):
+        Stage2Options(forced_batches=5, distill=DistillWeights(mask=1.0))

@@ -255,3 +255,29 @@ def test_half_precision_trains_every_weight(memory_world: MemoryWorld, tmp_path:
     assert end["mem_proj.weight"].dtype == torch.float32
     still = [name for name, value in start.items() if torch.equal(value, end[name])]
     assert set(still) <= {"no_obj_embed_spatial"}
+
+
+def test_the_forced_share_is_one_of_optimizer_steps(memory_world: MemoryWorld, tmp_path: Path) -> None:
+    """Of 4 steps of 2 batches the first two; what has no part in them rests, and begins alike in a continued run."""
+    cfg = memory_world.config(
+        "forced",
+        DATA__BATCH_SIZE=1,
+        DISTILL__FEATURES=1.0,
+        DISTILL__FORCED_SHARE=0.5,
+        TRAIN__EPOCHS=2,
+        TRAIN__ACCUMULATION_STEPS=2,
+        TRAIN__SAVE_EVERY_STEPS=1,
+        TRAIN__KEEP_LAST=9,
+        VAL__ENABLE=False,
+    )
+    whole, rest = tmp_path / "whole", tmp_path / "rest"
+    assert train_memory(cfg, whole) == 0
+    assert ["focal" in record for record in read_metrics(whole, "train")] == [False, False, True, True]
+    first, second, last = (weights_of(whole / f"ckpt_{name}.pth") for name in ("step_00000001", "epoch_0", "epoch_1"))
+    written = [name for name in first if name.startswith("maskmem_backbone.")]
+    assert written and all(torch.equal(first[name], second[name]) for name in written)
+    assert not any(torch.equal(second[name], last[name]) for name in written)
+    assert not torch.equal(first["spatial_perceiver.latents"], second["spatial_perceiver.latents"])
+    assert train_memory(cfg, rest, "--resume", str(whole / "ckpt_step_00000001.pth")) == 0
+    continued = weights_of(rest / "ckpt_epoch_1.pth")
+    assert all(torch.equal(value, continued[name]) for name, value in last.items())
