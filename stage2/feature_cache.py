@@ -79,8 +79,8 @@ class FeatureCache:
         return _BYTES * sum(self.sizes)
 
     def path(self, entry: VideoEntry) -> Path:
-        """The file of a video; another one for other annotated frames or another size of them."""
-        said = f"{entry.size_hw} {entry.frame_numbers.tolist()}"
+        """The file of a video; another one for other annotated frames, another size of them, or changed files."""
+        said = f"{entry.stamp} {entry.size_hw} {entry.frame_numbers.tolist()}"
         return self.folder / f"{entry.name}.{hashlib.sha256(said.encode()).hexdigest()[:12]}.npy"
 
     def missing(self, videos: VideoSet) -> list[int]:

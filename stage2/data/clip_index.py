@@ -8,6 +8,7 @@ videos are read again.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -74,7 +75,8 @@ class ClipIndex:
         codes = self._slice("area", "area_codes", position).reshape(len(frames), len(objects))
         height, width = (int(side) for side in arrays["sizes"][position])
         num_frames = int(arrays["num_frames"][position])
-        return VideoEntry(self.names[position], (height, width), num_frames, frames, objects, codes)
+        stamp = self.stamp(position)
+        return VideoEntry(self.names[position], (height, width), num_frames, frames, objects, codes, stamp)
 
     def _slice(self, kind: str, name: str, position: int) -> np.ndarray:
         offsets = self._arrays[f"{kind}_offsets"]
@@ -178,8 +180,12 @@ def _known_entries(folders: Iterable[Path], stamps: dict[str, int]) -> dict[str,
 
 def _copied(entry: VideoEntry) -> VideoEntry:
     """Without a hold on the file."""
-    arrays = (np.array(array) for array in (entry.frame_numbers, entry.objects, entry.area_codes))
-    return VideoEntry(entry.name, entry.size_hw, entry.num_frames, *arrays)
+    return dataclasses.replace(
+        entry,
+        frame_numbers=np.array(entry.frame_numbers),
+        objects=np.array(entry.objects),
+        area_codes=np.array(entry.area_codes),
+    )
 
 
 def _write(folder: Path, sha256: str, stamps: dict[str, int], results: dict[str, VideoEntry | str]) -> None:

@@ -32,6 +32,8 @@ class VideoEntry:
     """int32 (K,): what the annotation calls the objects."""
     area_codes: np.ndarray
     """uint8 (A, K), from `encode_areas`."""
+    stamp: int = 0
+    """Of its files, as the index knows them (`stage2.data.layouts.stamp_of`)."""
 
 
 def encode_areas(areas_px: np.ndarray, size_hw: tuple[int, int]) -> np.ndarray:

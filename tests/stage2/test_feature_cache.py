@@ -109,6 +109,11 @@ def test_other_annotated_frames_have_another_file(videos: VideoSet, cache: Featu
     assert cache.path(entry).is_file() and not cache.path(fewer).is_file()
 
 
+def test_another_data_set_with_the_same_names_has_other_files(cache: FeatureCache, tmp_path: Path) -> None:
+    root = clip_sets.write_sav_frames(tmp_path, every=4)
+    assert cache.missing(open_video_set(VideoSettings(str(root), val_fraction=0.0), "train")) == [0, 1]
+
+
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY broken", "short", "other"])
 def test_damaged_files_are_said_by_name(
     tmp_path: Path, videos: VideoSet, model: EfficientSam3Train, content: bytes | str
