@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from sam3_train.errors import UserError, user_error_types
+from sam3_train.task import names_of
 from stage2.data.clip_batch import ClipBatch
-
-_SHOWN_NAMES = 4
 
 
 class BatchError(RuntimeError):
@@ -23,6 +22,8 @@ def naming_videos(batch: Mapping[str, Any]) -> Iterator[None]:
     """Whatever goes wrong inside the block is told with the batch's videos; nothing is skipped."""
     try:
         yield
+    except BatchError:
+        raise
     except user_error_types():
         raise
     except torch.OutOfMemoryError as error:
@@ -36,6 +37,4 @@ def naming_videos(batch: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _videos(batch: Mapping[str, Any]) -> str:
-    names = list(dict.fromkeys(batch.get("key", ())))
-    more = f" and {len(names) - _SHOWN_NAMES} more" if len(names) > _SHOWN_NAMES else ""
-    return "the videos " + ", ".join(names[:_SHOWN_NAMES]) + more
+    return "the videos " + names_of(batch)

@@ -8,6 +8,7 @@ frames -> backbone -> features --+-> memory attention -> SAM heads -> masks ~ tr
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +146,10 @@ class Stage2Task(Task):
 
     # --- training -----------------------------------------------------------------------------------------------------
 
+    def watching(self, batch: Any) -> AbstractContextManager[None]:
+        """A batch that fails ends the run with a `UserError` (out of memory) or `BatchError` that names its videos."""
+        return naming_videos(batch)
+
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Loss of a batch of clips.
 
@@ -155,29 +160,22 @@ class Stage2Task(Task):
             ``loss``; the unweighted terms ``focal``, ``dice``, ``iou``, ``object_score`` and, as far as they count,
             ``absent``, ``temporal``, ``reconstruction``, ``teacher_mask``, ``teacher_features``, ``teacher_pointers``;
             ``iou_tracked``, how well frames without a prompt were tracked (NaN where there are none).
-
-        Raises:
-            UserError: If memory runs out; the message names the videos.
-            BatchError: If anything else goes wrong; likewise.
         """
-        with naming_videos(batch):
-            return self._judge(batch["clips"])
-
-    def _judge(self, clips: ClipBatch) -> dict[str, Tensor]:
+        clips: ClipBatch = batch["clips"]
         options, weights = self.options, self.options.losses
         features, coverage = self.tracked_rows(clips)
         plan = draw_plan(len(features), options.prompting)
-        seed, batch = int(torch.randint(2**62, ())), int(self.batches_done) if self._batch is None else self._batch
-        self._batch = batch + 1
+        seed, place = int(torch.randint(2**62, ())), int(self.batches_done) if self._batch is None else self._batch
+        self._batch = place + 1
         self.batches_done += 1
         taught = self._teach(features, coverage, plan, seed)
-        self._was_forced = batch < options.forced_batches and taught is not None
+        self._was_forced = place < options.forced_batches and taught is not None
         if self._was_forced and taught is not None:
             error = forced_error(self.model, features, taught, coverage, options.video_frames)
             loss = options.distill.features * error
             return {"loss": loss + 0.0 * self._nothing(), "teacher_features": error}
         with watched_compressions(self.model) as compressions:
-            result = self._play(self.model, features, coverage, plan, seed, batch < options.presence_batches)
+            result = self._play(self.model, features, coverage, plan, seed, place < options.presence_batches)
         judged = judged_answers(result, coverage)
         terms = tracking_losses(judged, weights, len(features)) if judged else self._no_terms()
         if weights.absent:

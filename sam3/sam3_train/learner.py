@@ -28,7 +28,7 @@ from sam3_train.precision import autocast, pick_dtype
 from sam3_train.replicas import SYNCHRONIZED, BatchNormStatistics, convert_sync_batchnorm
 from sam3_train.rng import load_rng_state_dict, mix_seed, rng_state_dict, seed_everything
 from sam3_train.schedule import Schedule, build_schedule, lr_warning
-from sam3_train.task import Task, is_frozen, trainable_modules
+from sam3_train.task import Task, is_frozen, names_of, trainable_modules
 
 
 @dataclass
@@ -86,6 +86,8 @@ class Learner:
         self._batch_norms = BatchNormStatistics(self.task)
         self._rng: dict[str, Any] | None = None
         self._loss: Tensor | None = None
+        self._seen = ""  # the newest batch, by name
+        self._stepped_on = ""  # the last batch of the step that `settle` judges
         self._wrapped: nn.Module = self.task
 
     def wrap(self, is_resumed: bool = False) -> None:
@@ -153,7 +155,9 @@ class Learner:
         """Forward and backward of one micro-batch; gradients are synchronised at the last one of a step only."""
         wrapped = self._wrapped
         waits = isinstance(wrapped, DistributedDataParallel) and not is_last
-        with self._random_stream(), wrapped.no_sync() if waits else contextlib.nullcontext():  # type: ignore[operator]
+        sync = wrapped.no_sync() if waits else contextlib.nullcontext()  # type: ignore[operator]
+        self._seen = names_of(batch)
+        with self.task.watching(batch), self._random_stream(), sync:
             with autocast(self.run.device, self.dtype):
                 terms = wrapped(batch)
             loss = terms["loss"]
@@ -171,6 +175,7 @@ class Learner:
             0-dim float tensor: 1 if loss or gradient is not finite on this rank.
         """
         assert self._loss is not None
+        self._stepped_on = self._seen
         if self.scaler is not None:
             self.scaler.unscale_(self.optimizer)
         clip = self.cfg.TRAIN.CLIP_GRAD
@@ -211,10 +216,12 @@ class Learner:
         counters.skipped_in_row += 1
         limit = self.cfg.TRAIN.MAX_NONFINITE_STEPS
         if limit and counters.skipped_in_row >= limit:
+            where = f", last on {self._stepped_on} where this process is concerned" if self._stepped_on else ""
             raise UserError(
                 f"{counters.skipped_in_row} steps in a row had a loss or gradient that is not finite (after "
-                f"{counters.updates} good ones, learning rate {self.lr:.2e}, output {self.member.output}); the weights "
-                "are those of the last good step. Lower TRAIN.BASE_LR, use AMP_DTYPE bf16 or fp32, or find bad data."
+                f"{counters.updates} good ones, learning rate {self.lr:.2e}, output {self.member.output}{where}); "
+                "the weights are those of the last good step. Lower TRAIN.BASE_LR, use AMP_DTYPE bf16 or fp32, or find "
+                "bad data."
             )
 
     @property

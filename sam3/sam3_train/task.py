@@ -23,6 +23,7 @@ A large frozen teacher that only makes targets does not belong into the task at 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -100,6 +101,10 @@ class Task(nn.Module):
         """Whether a parameter is decayed."""
         return default_weight_decay(name, parameter)
 
+    def watching(self, batch: Any) -> AbstractContextManager[None]:
+        """A context in which a training batch passes forward and backward: what fails there can be told with it."""
+        return nullcontext()
+
     def idle_prefixes(self) -> tuple[str, ...]:
         """Names, or their beginnings, of parameters that had no part in the last batch, on any rank.
 
@@ -114,6 +119,13 @@ class Task(nn.Module):
             if is_frozen(module):
                 module.train(False)
         return self
+
+
+def names_of(batch: Any, num_shown: int = 4) -> str:
+    """The first samples of a batch by name, where it has names (``key``), for messages."""
+    names = list(dict.fromkeys(batch.get("key", ()))) if isinstance(batch, Mapping) else []
+    more = f" and {len(names) - num_shown} more" if len(names) > num_shown else ""
+    return ", ".join(map(str, names[:num_shown])) + more
 
 
 def freeze(module: ModuleT) -> ModuleT:

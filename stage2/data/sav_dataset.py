@@ -101,7 +101,12 @@ class ClipDataset(Dataset[dict[str, Any]]):
     def _draw_from(self, source: ClipSource, i: int, position: int, attempt: int) -> Clip | None:
         """A clip of one video; it may take several draws until its first frame shows an object."""
         for draw in range(_DRAWS_PER_VIDEO):
-            clip = source.draw(i, self.epoch, self._rng(position, attempt, draw))
+            try:
+                clip = source.draw(i, self.epoch, self._rng(position, attempt, draw))
+            except UserError:
+                raise
+            except Exception as error:
+                raise RuntimeError(f"clips of {source.name(i)} failed: {type(error).__name__}: {error}") from error
             if clip is not None:
                 return clip
         return None

@@ -141,21 +141,26 @@ def test_a_failing_batch_names_its_videos(model: EfficientSam3Train, monkeypatch
     task, batch = Stage2Task(model), make_batch(2)
     broken = batch | {"clips": batch["clips"]._replace(clip_of_object=torch.tensor([0, 0, 1, 7]))}
     for call in (task, task.validate):
-        with pytest.raises(BatchError, match=r"videos clip_0, clip_1 failed: ValueError: objects are in clips"):
+        with (
+            pytest.raises(BatchError, match=r"videos clip_0, clip_1 failed: ValueError: objects are in clips"),
+            task.watching(broken),
+        ):
             call(broken)
 
     def run_out(*inputs: Any) -> None:
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr(task, "_play", run_out)
-    with pytest.raises(UserError, match=r"out of memory on 2 clips of 2 frames with 4 objects.*clip_0.*MAX_OBJECTS"):
+    out = pytest.raises(UserError, match=r"out of memory on 2 clips of 2 frames with 4 objects.*clip_0.*MAX_OBJECTS")
+    with out, task.watching(batch):
         task(batch)
 
 
 def test_many_videos_are_not_all_named(model: EfficientSam3Train) -> None:
     batch = {"key": [f"v{i}" for i in range(6)], "clips": None}
-    with pytest.raises(BatchError, match=r"videos v0, v1, v2, v3 and 2 more failed"):
-        Stage2Task(model)(batch)
+    task = Stage2Task(model)
+    with pytest.raises(BatchError, match=r"videos v0, v1, v2, v3 and 2 more failed"), task.watching(batch):
+        task(batch)
 
 
 def test_validation_scores_each_clip(model: EfficientSam3Train) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from sam3.model.efficient_sam3_train import EfficientSam3Train
 from sam3_train.checkpoint import load_checkpoint, save_checkpoint
 from sam3_train.log import read_metrics
 from stage2.config import get_defaults
+from stage2.data.clip_canvas import ClipCanvas
 from stage2.feature_cache import FeatureCache
 from stage2.train_memory_stage2 import main, with_hyphens
 
@@ -269,6 +273,41 @@ def test_a_batch_that_fails_ends_the_run_with_the_names_of_its_videos(
     stderr = capfd.readouterr().err
     assert "in the resampler" in stderr and all(name in stderr for name in TRAIN_NAMES)
     assert not (tmp_path / "run/model_final.pth").exists()
+
+
+def test_memory_that_runs_out_in_the_backward_pass_is_told_with_the_videos(
+    memory_world: MemoryWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it usually does."""
+
+    def runs_out(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Tensor, "backward", runs_out)
+    stderr = refusal(memory_world.config("full", DATA__BATCH_SIZE=4), tmp_path / "run", capfd)
+    assert "out of memory on 4 clips of 3 frames" in stderr and all(name in stderr for name in TRAIN_NAMES)
+
+
+def test_a_fault_in_reading_is_told_with_the_video(
+    memory_world: MemoryWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise IndexError("in a mask")
+
+    monkeypatch.setattr(ClipCanvas, "cover", fails)
+    assert train_memory(memory_world.config("reading"), tmp_path / "run") == 1
+    assert re.search(r"clips of sav_00000\d failed: IndexError: in a mask", capfd.readouterr().err)
+
+
+def test_steps_that_are_not_finite_are_told_with_the_videos(
+    memory_world: MemoryWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compress = EfficientSam3Train.compress
+    monkeypatch.setattr(EfficientSam3Train, "compress", lambda self, memory: compress(self, memory) * math.nan)
+    cfg = memory_world.config("nan", DATA__BATCH_SIZE=4, TRAIN__MAX_NONFINITE_STEPS=1)
+    stderr = refusal(cfg, tmp_path / "run", capfd)
+    assert "1 steps in a row had a loss or gradient that is not finite" in stderr
+    assert all(name in stderr for name in TRAIN_NAMES)
 
 
 def test_a_resume_of_a_damaged_file_is_refused(
