@@ -13,7 +13,7 @@ from sam3.checkpoint_io import sha256_file
 from sam3.model.efficient_sam3_model_builder import save_efficient_sam3_checkpoint
 from sam3_train.checkpoint import CheckpointManager, load_common
 from sam3_train.config import config_to_dict, read_run_config, write_run_record
-from sam3_train.distributed import RunContext, broadcast_object
+from sam3_train.distributed import RunContext, broadcast_object, is_main
 from sam3_train.errors import UserError, attempt, require_no_problems
 from sam3_train.learner import Member
 from sam3_train.loop import fit_many
@@ -96,7 +96,7 @@ def prepare_run(args: argparse.Namespace, run: RunContext) -> PreparedRun:
 
 def _identity(base: BaseFile, clips: TrainingClips, cfg: CfgNode) -> dict[str, Any]:
     # Hashed once: the released file has 3.4 GB, and the ranks of a node would read it all at the same time.
-    frozen = broadcast_object(frozen_sha256(base.recognised))
+    frozen = broadcast_object(frozen_sha256(base.recognised) if is_main() else "")
     return {
         "stage": STAGE,
         "model": base.model.to_dict(),

@@ -80,8 +80,11 @@ def build_task(
 
 def _measured_scale(cfg: CfgNode, model: EfficientSam3Train, loader: EpochLoader, run: RunContext) -> float:
     """On the first videos, the same on all ranks and when a run is continued."""
-    clips = first_clips(loader, _SCALE_CLIPS, run.device)
-    return float(broadcast_object(measure_feature_scale(model, clips, cfg.FORWARD.FRAMES_AT_ONCE)))
+    scale = 0.0
+    if run.is_main:
+        clips = first_clips(loader, _SCALE_CLIPS, run.device)
+        scale = measure_feature_scale(model, clips, cfg.FORWARD.FRAMES_AT_ONCE)
+    return float(broadcast_object(scale))
 
 
 def first_clips(loader: EpochLoader, num: int, device: torch.device) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ def find_checkpoint(path_or_hub_id: str | Path) -> Path:
         )
     if filename.endswith(INDEX_SUFFIX):
         raise CheckpointError(f"{path_or_hub_id}: download the shards first, and give their folder")
-    if Path(filename).suffix not in _SUFFIXES or path.parent.is_dir():
+    if Path(filename).suffix not in _SUFFIXES or Path(path.parts[0]).is_dir():
         raise CheckpointError(f"{path_or_hub_id}: no such checkpoint file")
     return download_ckpt_from_hf(hub_id["repo"], filename)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from sam3_train.checkpoint import CheckpointManager
 from sam3_train.data.samplers import ResumableDistributedSampler
-from sam3_train.distributed import RunContext, all_gather_object, barrier
+from sam3_train.distributed import RunContext, all_gather_object, barrier, broadcast_object
 from sam3_train.errors import Interrupted, UserError
 from sam3_train.learner import Learner, Member
 from sam3_train.log import RunLog
@@ -121,9 +122,21 @@ class Trainer:
             for warning in plan_warnings(learner, self.layout):
                 log.warn(warning)
         if loaded is not None:
+            self._require_a_result([path for path, _ in loaded])
             self._rng_to_restore = [state["rng"] for _, state in loaded]
         for learner in self.learners:
             check_replicas(learner.task, self.position.step)
+
+    def _require_a_result(self, resumed: Sequence[Path]) -> None:
+        """Refuse to continue a run in another folder when it has ended: nothing would ever be saved there."""
+        empty = [path for path, manager in zip(resumed, self.managers, strict=True) if not manager.names()]
+        if broadcast_object(bool(empty) and self._is_done()):
+            train = self.cfg.TRAIN
+            raise UserError(
+                f"{resumed[0]}: nothing is left to train, {self.position.epoch} epochs and {self.position.step} steps are "
+                f"done (TRAIN.EPOCHS {train.EPOCHS}, TRAIN.MAX_STEPS {train.MAX_STEPS}): raise them, or "
+                "give the run's own folder as --output instead of --resume"
+            )
 
     def train(self) -> None:
         """Run from the current position to the last epoch or ``TRAIN.MAX_STEPS``."""

@@ -295,10 +295,13 @@ def test_a_bad_record_is_said(tmp_path: Path, teacher: Sam3Image) -> None:
             load_model(tmp_path / "m.pt")
 
 
-def test_names_that_are_neither_file_nor_hub_model(tmp_path: Path) -> None:
+def test_names_that_are_neither_file_nor_hub_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "output").mkdir()
+    monkeypatch.chdir(tmp_path)
     for name, message in (
         (str(tmp_path / "nothing.pt"), "no such checkpoint file"),
         ("output/nothing.pt", "no such checkpoint file"),
+        ("output/gone/nothing.pt", "no such checkpoint file"),
         ("someone/something", "name the file too"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -319,6 +319,17 @@ def test_a_resume_of_a_damaged_file_is_refused(
     assert str(path) in stderr
 
 
+def test_an_ended_run_is_not_continued_elsewhere(
+    stopped: Path, memory_world: MemoryWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = stopped / "ckpt_step_00000001.pth"
+    cfg = memory_world.config("ended", VAL__ENABLE=False)
+    stderr = refusal(cfg, tmp_path / "run", capfd, "--resume", str(path), "--max-steps", "1")
+    assert (
+        f"{path}: nothing is left to train, 0 epochs and 1 steps are done (TRAIN.EPOCHS 1, TRAIN.MAX_STEPS 1)" in stderr
+    )
+
+
 def test_only_weights_are_no_run_to_continue(
     stopped: Path, memory_world: MemoryWorld, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
