@@ -133,8 +133,8 @@ class Trainer:
         if broadcast_object(bool(empty) and self._is_done()):
             train = self.cfg.TRAIN
             raise UserError(
-                f"{resumed[0]}: nothing is left to train, {self.position.epoch} epochs and {self.position.step} steps are "
-                f"done (TRAIN.EPOCHS {train.EPOCHS}, TRAIN.MAX_STEPS {train.MAX_STEPS}): raise them, or "
+                f"{resumed[0]}: nothing is left to train, {self.position.epoch} epochs and {self.position.step} steps "
+                f"are done (TRAIN.EPOCHS {train.EPOCHS}, TRAIN.MAX_STEPS {train.MAX_STEPS}): raise them, or "
                 "give the run's own folder as --output instead of --resume"
             )
 
