@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 
@@ -35,3 +37,10 @@ def find_device(device: torch.device | str | None) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DeviceError(f"device {device}: is not available here ({str(error).splitlines()[0]})") from None
     return wanted
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """A context in which nothing is cast, whatever surrounds it."""
+    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):  # the latter is not traceable
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()

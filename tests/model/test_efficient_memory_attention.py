@@ -126,6 +126,9 @@ def test_linear_attention_is_the_weighted_sum_that_it_replaces() -> None:
     expected = weights / weights.sum(dim=-1, keepdim=True) @ v
     torch.testing.assert_close(linear_attention(q, k, v, bias), expected)
     assert linear_attention(q.bfloat16(), k.bfloat16(), v.bfloat16()).dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear_attention(q, k, v, bias), linear_attention(q, k, v, bias.double()))
+        torch.testing.assert_close(linear_attention(q, k, v, bias), expected)
 
 
 def test_linear_attention_is_another_answer_from_the_same_weights() -> None:

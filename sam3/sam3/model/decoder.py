@@ -7,7 +7,6 @@ Restates the decoder of Meta's SAM 3 package 0.1.4, a DETR decoder with boxes as
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sam3.config import DecoderConfig
+from sam3.devices import without_autocast
 from sam3.model.attention_layers import MultiheadAttention
 from sam3.model.box_ops import cxcywh_to_xyxy, inverse_sigmoid
 from sam3.model.fusion_encoder import TransformerEncoderFusion
@@ -54,12 +54,6 @@ def log_offsets(edges: Tensor, size: int) -> Tensor:
     lines = torch.arange(size, device=edges.device, dtype=edges.dtype) / size
     offsets = 8 * (lines[:, None] - edges[..., None, :])
     return offsets.sign() * torch.log2(offsets.abs() + 1) / 3
-
-
-def _without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    if torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type):  # the latter is not traceable
-        return torch.autocast(device_type, enabled=False)
-    return contextlib.nullcontext()
 
 
 def _linear_float32(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -123,7 +117,7 @@ class TransformerDecoderLayer(nn.Module):
 
     def _mlp(self, x: Tensor) -> Tensor:
         """In float32 under any autocast, as the released model was trained."""
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             hidden = self.dropout(F.relu(_linear_float32(self.linear1, x)))
             return _linear_float32(self.linear2, hidden).to(x.dtype)
 

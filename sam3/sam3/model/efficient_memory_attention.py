@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sam3.config import Sam3Config
+from sam3.devices import without_autocast
 from sam3.efficient_memory_config import EfficientMemoryConfig
 from sam3.model.attention_layers import MultiheadAttention
 from sam3.model.grid_tables import SineTable
@@ -34,12 +35,13 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, log_weights: Tensor | None
     Returns:
         (B, heads, N, D), in the dtype of ``v``.
     """
-    q32, k32 = F.elu(q.to(torch.float32)) + 1, F.elu(k.to(torch.float32)) + 1
-    if log_weights is not None:
-        k32 = k32 * log_weights.to(torch.float32).exp().transpose(-1, -2)
-    sums = q32 @ (k32.transpose(-1, -2) @ v.to(torch.float32))
-    total = q32 @ k32.sum(dim=-2)[..., None]
-    return (sums / total).to(v.dtype)
+    with without_autocast(q.device.type):  # a training's would take the products in half precision
+        q32, k32 = F.elu(q.to(torch.float32)) + 1, F.elu(k.to(torch.float32)) + 1
+        if log_weights is not None:
+            k32 = k32 * log_weights.to(torch.float32).exp().transpose(-1, -2)
+        sums = q32 @ (k32.transpose(-1, -2) @ v.to(torch.float32))
+        total = q32 @ k32.sum(dim=-2)[..., None]
+        return (sums / total).to(v.dtype)
 
 
 class FrameAttention(MultiheadAttention):
