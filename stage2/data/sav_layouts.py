@@ -96,8 +96,13 @@ class SavLayout(_JsonLayout):
         """See `VideoLayout`."""
         wanted = _SUFFIXES.values() if self.annotations in ("any", "both") else [_SUFFIXES[self.annotations]]
         stems: set[str] = set()
-        for folder, subfolders, files in os.walk(self.root):
-            subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        seen: set[str] = set()
+        for folder, subfolders, files in os.walk(self.root, followlinks=True):
+            if os.path.realpath(folder) in seen:  # a link to a folder that was walked, its own parents among them
+                subfolders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             place = Path(folder).relative_to(self.root)
             for file in files:
                 suffix = next((s for s in (".mp4", *wanted) if file.endswith(s) and not file.startswith(".")), None)

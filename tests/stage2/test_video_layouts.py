@@ -133,6 +133,14 @@ def test_areas_survive_as_one_byte() -> None:
     assert is_visible(codes, 2000 / (480 * 848)).tolist() == [False, False, False, False, False, True]
 
 
+def test_folders_behind_links_are_found_once(tmp_path: Path) -> None:
+    root = clip_sets.write_sav(tmp_path / "sav" / "sav_000", ("sav_000001",)).parent
+    source = clip_sets.write_sav(tmp_path / "other" / "sav_001", ("sav_000003",))
+    (root / "sav_001").symlink_to(source)
+    (source / "back").symlink_to(root)
+    assert list(open_layout(root).find()) == ["sav_000/sav_000001", "sav_001/sav_000003"]
+
+
 def test_the_demo_world_must_be_named(tmp_path: Path) -> None:
     clip_sets.write_sav_frames(tmp_path / "clips" / "train", ("sav_100000",))
     clip_sets.write_sav_frames(tmp_path / "clips" / "val", ("sav_200000",))
