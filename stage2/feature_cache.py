@@ -24,7 +24,8 @@ from sam3.config import Sam3Config
 from sam3.model.efficient_sam3_train import EfficientSam3Train
 from sam3.model.tracker_memory import TrackerFeatures
 from sam3.preprocess import Preprocess
-from sam3_train.distributed import patient_barrier
+from sam3_train.distributed import all_gather_object, patient_barrier
+from sam3_train.distributed import rank as own_rank
 from sam3_train.errors import UserError
 from stage2.data.clip_canvas import ClipCanvas
 from stage2.data.clip_look import Look
@@ -35,6 +36,8 @@ from stage2.data.video_set import VideoSet
 VERSION = 1
 _BYTES = 2
 _RECORD = "cache.json"
+_LOOKED_FOR = 1024
+"""Files of which each rank makes sure: the videos of all ranks are among them."""
 
 
 class FeatureCache:
@@ -179,11 +182,11 @@ def fill_feature_cache(
         be without a cache.
 
     Raises:
-        UserError: If the disk is too small, or a file cannot be written.
+        UserError: If the disk is too small, a file cannot be written, or ranks do not see each other's files.
     """
     missing = cache.missing(videos)
+    _require_room(cache, videos, missing)
     patient_barrier()  # all ranks have looked before the first one writes
-    _require_room(cache, videos)
     bad: list[tuple[str, str]] = []
     for i in tqdm(missing[rank::world_size], desc="features of frames", unit="video", disable=not shows_progress):
         entry = videos.entry(i)
@@ -192,6 +195,7 @@ def fill_feature_cache(
         except BadVideoError as error:
             bad.append((entry.name, str(error)))
     patient_barrier()
+    _require_shared(cache, videos, missing, [name for names in all_gather_object(bad) for name, _ in names])
     return bad
 
 
@@ -219,8 +223,19 @@ def _computed(
             yield from model.clip_features(images[:, None], len(images), dtype)
 
 
-def _require_room(cache: FeatureCache, videos: VideoSet) -> None:
-    wanted = cache.bytes_to_write(videos)
+def _require_shared(cache: FeatureCache, videos: VideoSet, written: list[int], bad: list[str]) -> None:
+    """Look for some of the files that were just written, by this process or others."""
+    for i in written[:_LOOKED_FOR]:
+        entry = videos.entry(i)
+        if entry.name not in bad and not cache.path(entry).is_file():
+            raise UserError(
+                f"DATA.FEATURE_CACHE: rank {own_rank()} does not see {cache.path(entry)}, which another rank has "
+                "written: name a folder that all machines share"
+            )
+
+
+def _require_room(cache: FeatureCache, videos: VideoSet, missing: list[int]) -> None:
+    wanted = cache.bytes_per_frame * sum(len(videos.entry(i).frame_numbers) for i in missing)
     folder = next(path for path in (cache.folder, *cache.folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     if wanted > free:

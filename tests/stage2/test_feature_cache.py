@@ -152,8 +152,10 @@ def test_an_unreadable_video_does_not_end_the_filling(tmp_path: Path, model: Eff
 
 
 def test_ranks_share_the_work(tmp_path: Path, videos: VideoSet, model: EfficientSam3Train) -> None:
+    """Each writes its own, and makes sure that it sees those of the others: machines may not share the folder."""
     cache = make_cache(tmp_path, model)
-    fill_feature_cache(cache, model, videos, rank=1, world_size=2)
+    with pytest.raises(UserError, match=r"does not see .*, which another rank has written: name a folder that all"):
+        fill_feature_cache(cache, model, videos, rank=1, world_size=2)
     assert cache.missing(videos) == [0]
     fill_feature_cache(cache, model, videos, rank=0, world_size=2)
     assert cache.missing(videos) == []
