@@ -148,14 +148,21 @@ def score(args: argparse.Namespace, model: Any) -> dict[str, Any]:
 
 def test_clips(args: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """The held-out clips and the features of their frames, which are computed once for all runs."""
+    import hashlib
+
     import torch
     from tracker_eval import clip_features, generate_test_clips
 
     import sam3
+    from sam3.checkpoint_io import sha256_file
     from sam3.model.tracker_memory import TrackerFeatures
 
-    path = _folder(args) / f"test_features_{args.test_clips}.pt"
     clips = generate_test_clips(args.test_clips)
+    shown = hashlib.sha256(sha256_file(args.sam3_checkpoint).encode())
+    for clip in clips:
+        for frame in clip.frames:
+            shown.update(frame.tobytes())
+    path = _folder(args) / f"test_features_{shown.hexdigest()[:16]}.pt"
     if path.is_file():
         stored = torch.load(path, weights_only=True)
         return clips, [{t: TrackerFeatures(*maps) for t, maps in clip.items()} for clip in stored]
