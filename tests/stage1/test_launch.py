@@ -210,6 +210,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(launch, words, message):
     ],
 )
 def test_the_memory_s_launcher_takes_its_words_by_name_or_in_order(launch, words):
+    """7.6 (28): GPUS=0 is a run on the CPU."""
     done = launch(*words, "PRETRAINED=m.pth", "--max-steps", "3", script=MEMORY).stdout.splitlines()
     assert done[:4] == ["-m", "sam3_train.torchrun", "--nproc_per_node", "1"]
     script = next(i for i, word in enumerate(done) if word.endswith("stage2/train_memory_stage2.py"))

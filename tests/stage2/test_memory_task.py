@@ -77,6 +77,20 @@ def test_every_trained_parameter_has_a_gradient_and_one_group(model: EfficientSa
     assert with_gradient == wanted == set(grouped) and len(grouped) == len(wanted)
 
 
+def test_a_mask_prompt_is_answered_in_full_and_from_raw_features(model: EfficientSam3Train) -> None:
+    """7.6 (19): of the released tracker's size, and with a pointer that no memory attention has touched."""
+    task = Stage2Task(model)
+    features, coverage = task.tracked_rows(make_batch(2)["clips"])
+    first = task._play(model, features, coverage, ClipPlan("mask", (0,)), 0, False).outputs
+    for parameter in model.memory_attention.parameters():
+        parameter.data.add_(1.0)
+    second = task._play(model, features, coverage, ClipPlan("mask", (0,)), 0, False).outputs
+    assert first[0].pred_masks.shape[-1] == model.mask_prompt_size // 14 * 4, "as the released tracker's"
+    assert first[1].pred_masks.shape[-2:] == coverage.shape[-2:]
+    assert torch.equal(first[0].obj_ptr, second[0].obj_ptr)
+    assert not torch.equal(first[1].obj_ptr, second[1].obj_ptr)
+
+
 def test_frozen_modules_are_never_in_training_mode(model: EfficientSam3Train) -> None:
     """D-112."""
     task = Stage2Task(model).train()

@@ -41,6 +41,7 @@ def weights_of(path: Path) -> dict[str, Tensor]:
 
 
 def test_the_run_leaves_the_documented_tree(finished: Path) -> None:
+    """7.6 (29): the files that README names, `model_final.pth` among them."""
     names = {path.name for path in finished.iterdir()}
     assert {"config.json", "log_rank0.txt", "metrics.jsonl", "ckpt_epoch_0.pth", "ckpt_epoch_1.pth"} <= names
     assert {"best.pth", "last.json", "model_final.pth"} <= names
@@ -154,7 +155,7 @@ def test_a_dry_run_says_what_would_happen_and_leaves_nothing(
 def test_a_fraction_of_the_videos_is_one_at_least(
     fraction: str, memory_world: MemoryWorld, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """D-126: a tiny subset makes steps, also where a batch is larger than it."""
+    """D-126, 7.6 (26): a tiny subset makes steps, also where a batch is larger than it."""
     cfg = memory_world.config("subset")
     words = ["--dry-run", "--subset_fraction", fraction, "--batch_size", "4"]
     assert train_memory(cfg, tmp_path / "run", *words) == 0

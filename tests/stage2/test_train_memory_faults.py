@@ -37,7 +37,7 @@ SETTINGS = {
     "no path": ({"DATA__DATA_PATH": ""}, "DATA.DATA_PATH is empty: name the folder of videos (--data_path)"),
     "kind": ({"DATA__DATASET": "film"}, "kind 'film' is not one of auto, sav"),
     "no checkpoint": ({"MODEL__SAM3_CHECKPOINT": ""}, "MODEL.SAM3_CHECKPOINT is empty: name sam3.pt, or a student"),
-    "missing checkpoint": (
+    "missing checkpoint, 7.6 (25)": (
         {"MODEL__SAM3_CHECKPOINT": "no/sam3.pt"},
         "MODEL.SAM3_CHECKPOINT no/sam3.pt: there is no such file (--sam3_checkpoint)",
     ),
