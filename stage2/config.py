@@ -99,7 +99,7 @@ def _data_defaults() -> CfgNode:
     data.ON_BAD = "skip"  # skip bad videos up to MAX_BAD_FRACTION, or fail at the first
     data.MAX_BAD_FRACTION = 0.01
     data.INDEX_CACHE = ""  # folder for the indices of videos; empty: in the data set's folder
-    data.IMAGES_PATH = ""  # images with annotated objects to train on too, as clips of one frame; empty: none
+    data.IMAGES_PATH = ""  # annotated images to train on too, as still clips (FORWARD.STILL_FRAMES); empty: none
     data.IMAGES_DATASET = "sa1b"  # sa1b (images/{train,val}) | sa1b_tar
     data.IMAGE_SHARE = 0.0  # share of the batches that hold images
     # Folder for the frozen backbone's features, computed once: then no step runs the backbone, and AUGMENT has to be

@@ -128,8 +128,8 @@ class MemoryDecoder(nn.Module):
 def reconstruction_loss(decoder: MemoryDecoder, compressions: Sequence[Compression]) -> Tensor:
     """Squared error of decoded memories in units of the dense memory's variance: 1 is what its mean costs.
 
-    The dense memory is the goal and not changed by it: it could otherwise become a constant, which is easily found
-    again.
+    The dense memory is the goal, which has no gradient: it could otherwise become a constant, which is easily found
+    again. What writes it is reached through the tokens alone, and may learn to write what they can hold.
 
     Raises:
         ValueError: If there is no compression.

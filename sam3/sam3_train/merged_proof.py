@@ -88,7 +88,9 @@ def file_problems(
     if output.is_dir():
         problems.append(f"{flag} {output} is a folder; name a file in it")
     for name, path in inputs.items():
-        if not path.is_file():
+        if path.is_dir():
+            problems.append(f"{name}: {path} is a folder; make one file of shards first (python -m sam3.convert)")
+        elif not path.is_file():
             problems.append(f"{name}: there is no file {path}")
         elif output.exists() and path.samefile(output):
             problems.append(f"{flag} {output} is the {name} itself; choose another name")

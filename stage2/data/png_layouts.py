@@ -9,9 +9,10 @@ import numpy as np
 from sam3_train.errors import UserError
 from stage2.data.frame_readers import FrameReader, PictureReader, numbered_pictures, picture_size
 from stage2.data.layouts import MaskReader, VideoLayout, stamp_of, visible_folders
-from stage2.data.png_masks import label_areas, read_labels
+from stage2.data.png_masks import VOID, label_areas, read_labels
 from stage2.data.video_entry import BadVideoError, VideoEntry, encode_areas
 
+_VOID_COUNTS = f" (pixels of {VOID} are void: number objects from 1)"
 _RESOLUTIONS = ("480p", "Full-Resolution")
 
 
@@ -80,7 +81,7 @@ class PalettePngLayout(_PngLayout):
         areas = np.stack([label_areas(read_labels(masks[number], size_hw)) for number in numbers])
         objects = np.flatnonzero(areas.any(axis=0))
         if not len(objects):
-            raise BadVideoError(f"{self.masks / name}: all masks are empty")
+            raise BadVideoError(f"{self.masks / name}: all masks are empty{_VOID_COUNTS}")
         return VideoEntry(
             name,
             size_hw,
@@ -135,7 +136,7 @@ class ObjectPngLayout(_PngLayout):
                 if number in files:
                     areas[row, column] = np.count_nonzero(read_labels(files[number], size_hw))
         if not (areas > 0).any():
-            raise BadVideoError(f"{self.masks / name}: all masks are empty")
+            raise BadVideoError(f"{self.masks / name}: all masks are empty{_VOID_COUNTS}")
         return VideoEntry(
             name,
             size_hw,
