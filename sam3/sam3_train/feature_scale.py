@@ -25,14 +25,14 @@ def measure_channel_variance(features: Iterable[tuple[Tensor, Tensor]]) -> Tenso
         features: Pairs of teacher features (B, C, G, G) and valid cells (B, 1, G, G).
 
     Returns:
-        float32, (C,), on the features' device.
+        float32, (C,), on the CPU.
 
     Raises:
         UserError: If there is no valid cell, or a feature is not finite.
     """
     count, total, squares = 0.0, None, None
     for features_bchw, valid_b1hw in features:
-        values_nc = features_bchw.permute(0, 2, 3, 1)[valid_b1hw[:, 0] > 0].double().cpu()
+        values_nc = features_bchw.permute(0, 2, 3, 1)[valid_b1hw[:, 0] > 0].cpu().double()
         sums, square_sums = values_nc.sum(0), values_nc.square().sum(0)
         total = sums if total is None else total + sums
         squares = square_sums if squares is None else squares + square_sums

@@ -1,6 +1,7 @@
 """Fold BatchNorm and parallel branches into convolutions, for a network that is no longer trained.
 
-All arithmetic is in float64, so that the folded network differs from the trained one by float32 rounding alone.
+All arithmetic is in float64, so that the folded network differs from the trained one by float32 rounding alone. It is
+done on the CPU, because not every device has float64 (MPS), and its results are moved back.
 """
 
 from __future__ import annotations
@@ -32,25 +33,24 @@ def fold_conv_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
             f"cannot fold a BatchNorm over {norm.num_features} channels (running statistics: "
             f"{norm.track_running_stats}) into a convolution with {conv.out_channels} output channels"
         )
-    scale = 1.0 / torch.sqrt(norm.running_var.double() + norm.eps)
+    scale = 1.0 / torch.sqrt(_exact(norm.running_var) + norm.eps)
     if norm.affine:
-        scale = scale * norm.weight.double()
-    bias = -norm.running_mean.double() if conv.bias is None else conv.bias.double() - norm.running_mean.double()
+        scale = scale * _exact(norm.weight)
+    bias = -_exact(norm.running_mean) if conv.bias is None else _exact(conv.bias) - _exact(norm.running_mean)
     bias = bias * scale
     if norm.affine:
-        bias = bias + norm.bias.double()
-    return _like(conv, conv.weight.double() * scale[:, None, None, None], bias)
+        bias = bias + _exact(norm.bias)
+    return _like(conv, _exact(conv.weight) * scale[:, None, None, None], bias)
 
 
 @torch.no_grad()
 def sum_depthwise_branches(kernel_3x3: nn.Conv2d, kernel_1x1: nn.Conv2d) -> nn.Conv2d:
     """One depthwise 3x3 convolution that equals ``kernel_3x3(x) + kernel_1x1(x) + x``."""
-    identity = torch.ones_like(kernel_1x1.weight, dtype=torch.float64)
-    weight = kernel_3x3.weight.double() + F.pad(kernel_1x1.weight.double() + identity, [1, 1, 1, 1])
+    weight = _exact(kernel_3x3.weight) + F.pad(_exact(kernel_1x1.weight) + 1.0, [1, 1, 1, 1])
     bias = torch.zeros_like(weight[:, 0, 0, 0])
     for conv in (kernel_3x3, kernel_1x1):
         if conv.bias is not None:
-            bias = bias + conv.bias.double()
+            bias = bias + _exact(conv.bias)
     return _like(kernel_3x3, weight, bias)
 
 
@@ -97,6 +97,11 @@ def _fold_adjacent(sequence: nn.Sequential) -> None:
             setattr(sequence, second, nn.Identity())
 
 
+def _exact(tensor: Tensor) -> Tensor:
+    """In float64, on the CPU; on the meta device, which holds no numbers, it stays there."""
+    return (tensor if tensor.is_meta else tensor.cpu()).double()
+
+
 def _like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
     """A convolution with the geometry of ``conv`` and the given weights."""
     folded = nn.Conv2d(
@@ -111,6 +116,6 @@ def _like(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> nn.Conv2d:
         padding_mode=conv.padding_mode,
         device="meta",
     )
-    folded.weight = nn.Parameter(weight.to(conv.weight.dtype), requires_grad=False)
-    folded.bias = nn.Parameter(bias.to(conv.weight.dtype), requires_grad=False)
+    folded.weight = nn.Parameter(weight.to(conv.weight.dtype).to(conv.weight.device), requires_grad=False)
+    folded.bias = nn.Parameter(bias.to(conv.weight.dtype).to(conv.weight.device), requires_grad=False)
     return folded.train(conv.training)

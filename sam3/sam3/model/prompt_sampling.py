@@ -2,8 +2,8 @@
 
 Coordinates name pixels by their index, (0, 0) being the middle of the top-left pixel, x before y, and travel with the
 size of the grid they were drawn on (`PointPrompts.frame_hw`), because masks are drawn on one grid, models prompted on
-another. Random draws take a ``torch.Generator``; without one, torch's global generator decides. Everything runs on the
-mask's device.
+another. Random draws take a ``torch.Generator``; without one, torch's global generator decides: the CPU's for clicks,
+that of the boxes' device for their noise. Results are on the mask's device.
 """
 
 from __future__ import annotations
@@ -221,10 +221,13 @@ def _innermost_pixel(masks_bhw: Tensor) -> tuple[Tensor, Tensor]:
 def _uniform_pixel(masks_bhw: Tensor, generator: torch.Generator | None) -> Tensor:
     """Flat index of a pixel drawn uniformly from each mask, (B,)."""
     order = masks_bhw.flatten(1).cumsum(dim=1)
-    total = order[:, -1:]
-    device = generator.device if generator is not None else masks_bhw.device
-    draw = torch.rand(len(order), 1, generator=generator, device=device, dtype=torch.float64).to(masks_bhw.device)
-    return torch.searchsorted(order, (draw * total).long() + 1)[:, 0]
+    total = order[:, -1:].cpu()
+    device = generator.device if generator is not None else total.device
+    # float64 on the CPU alone, as MPS has none; elsewhere float32, whose 24 bits tell all pixels of a mask apart.
+    dtype = torch.float64 if device.type == "cpu" else torch.float32
+    draw = torch.rand(len(order), 1, generator=generator, device=device, dtype=dtype).cpu().double()
+    number = (draw * total).long() + 1
+    return torch.searchsorted(order, number.to(order.device))[:, 0]
 
 
 def _clicks(pixel: Tensor, masks_bhw: Tensor, positive: Tensor) -> PointPrompts:

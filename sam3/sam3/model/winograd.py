@@ -89,10 +89,11 @@ class WinogradConv2d(PackedWeight, nn.Conv2d):
 
     @torch.no_grad()
     def _transform(self, weight: Tensor) -> Tensor:
-        """(36, C_out, C_in)."""
-        transform = torch.tensor(_WEIGHT, dtype=torch.float64, device=weight.device)
-        points = torch.einsum("ik,ockl,jl->ijoc", transform, weight.double(), transform)
-        return points.reshape(_POINTS, self.out_channels, self.in_channels).to(weight.dtype)
+        """(36, C_out, C_in); computed on the CPU, because not every device has float64 (MPS)."""
+        kernels = weight.cpu().double()
+        transform = kernels.new_tensor(_WEIGHT)
+        points = torch.einsum("ik,ockl,jl->ijoc", transform, kernels, transform)
+        return points.reshape(_POINTS, self.out_channels, self.in_channels).to(weight.dtype).to(weight.device)
 
 
 def _on_both_axes(matrix: tuple[tuple[float, ...], ...], like: Tensor) -> Tensor:
