@@ -122,7 +122,8 @@ def run_stream(preset: str, device: torch.device, num_objects: int, num_frames: 
         del masks
         return clock() - start
 
-    old, young = (open_stream(predictor, num_objects, "no_late_edits", min(n, 500)) for n in (num_frames, settled))
+    # The same prompts: each prompted frame stays in memory and is read from then on.
+    old, young = (open_stream(predictor, num_objects, "no_late_edits", min(settled, 500)) for _ in range(2))
     resident: dict[int, int] = {}
     step = max(num_frames // 40, 5)
     for t in range(num_frames):
