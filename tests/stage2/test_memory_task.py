@@ -88,7 +88,7 @@ def test_a_mask_prompt_is_answered_in_full_and_from_raw_features(model: Efficien
     assert first[0].pred_masks.shape[-1] == model.mask_prompt_size // 14 * 4, "as the released tracker's"
     assert first[1].pred_masks.shape[-2:] == coverage.shape[-2:]
     assert torch.equal(first[0].obj_ptr, second[0].obj_ptr)
-    assert not torch.equal(first[1].obj_ptr, second[1].obj_ptr)
+    assert not torch.equal(first[1].pred_masks, second[1].pred_masks)
 
 
 def test_frozen_modules_are_never_in_training_mode(model: EfficientSam3Train) -> None:
