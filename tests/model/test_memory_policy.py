@@ -85,6 +85,29 @@ def test_snapshots_bring_back_any_frame(predictor):
     assert twins.num_refused == 3
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_snapshots_do_not_skip_what_an_edit_made_old(plain, reverse):
+    """Beyond the end of the pass that knows the edit, a session that keeps everything reads what was tracked before."""
+    twins = TwinSessions(plain, SnapshotReplay(every=4), num_frames=31)
+
+    def at(frame_idx: int) -> int:
+        return 30 - frame_idx if reverse else frame_idx
+
+    assert twins.box(at(0), 1) and twins.click(at(25), 1) and twins.track(at(0), at(20), reverse)
+    assert twins.click(at(5), 1) and twins.track(at(5), at(7), reverse)
+    with pytest.raises(
+        EditRefusedError, match=f"frame {at(21)}: frames up to {at(20)} were .* only up to {at(7)}: go on"
+    ):
+        next(plain.propagate_in_video(twins.pruned, at(21), 0, reverse))
+    for frame_idx in (9, 20, 21, 22, 25, 26):  # 25 is prompted, and its masks are there
+        assert not twins.track(at(frame_idx), at(frame_idx), reverse)
+    for frame_idx in (8, 20, 21, 26):
+        assert not twins.click(at(frame_idx), 1)
+    assert twins.click(at(25), 1) and not twins.track(at(25), at(25), reverse)
+    assert twins.track(at(8), at(20), reverse)
+    assert twins.click(at(22), 1) and twins.track(at(24), at(28), reverse)  # nothing old lies ahead any more
+
+
 def test_both_directions(plain):
     twins = TwinSessions(plain, NoLateEdits(both_directions=True), num_frames=40)
     assert twins.click(18, 1) and twins.track(18, 30)

@@ -119,7 +119,11 @@ class SnapshotReplay(KeepEverything):
         """See `KeepEverything`."""
         for group in state.groups:
             history = group.horizon
-            if history is None or frame_idx in group.bank.cond or frame_idx in group.pending:
+            if history is None:
+                continue
+            if history.place(frame_idx) > history.head + 1:
+                self._require_no_gap(history, frame_idx)
+            if frame_idx in group.bank.cond or frame_idx in group.pending:
                 continue
             if reverse != history.reverse:
                 way = "backward" if history.reverse else "forward"
@@ -127,7 +131,6 @@ class SnapshotReplay(KeepEverything):
                     f"frame {frame_idx}: the memory policy {self!r} tracks in the direction of the first pass alone, "
                     f"{way}; use RecentEdits or NoLateEdits with both_directions=True, or keep everything"
                 )
-            self._require_in_force(history, frame_idx, may_go_on=history.place(frame_idx) == history.head + 1)
 
     def before_frame(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """See `KeepEverything`."""
@@ -167,7 +170,8 @@ class SnapshotReplay(KeepEverything):
             if group.horizon is not None and frame_idx not in group.bank.cond
         ]
         for _, history in known:
-            self._require_in_force(history, frame_idx, may_go_on=False)
+            if history.place(frame_idx) > history.head:
+                self._require_no_gap(history, frame_idx)
         for group, history in known:
             if history.place(frame_idx) <= history.head:
                 self._restore(state, group, history, history.place(frame_idx))
@@ -184,13 +188,15 @@ class SnapshotReplay(KeepEverything):
         for frame_idx in frames:
             self.require_editable(state, frame_idx)
 
-    def _require_in_force(self, history: History, frame_idx: int, may_go_on: bool) -> None:
-        """Refuse frames between the head of the latest pass and the end of an earlier one."""
-        place = history.place(frame_idx)
-        if history.head < place <= history.newest and not may_go_on:
+    def _require_no_gap(self, history: History, frame_idx: int) -> None:
+        """Refuse a frame ahead if an earlier pass came farther than the latest one.
+
+        A session that keeps everything would go on from what the earlier pass left behind the head; that is gone here.
+        """
+        if history.head < history.newest:
             raise EditRefusedError(
-                f"frame {frame_idx} was tracked before the last edit and not since: track from frame "
-                f"{history.place(history.head)} on through it first"
+                f"frame {frame_idx}: frames up to {history.place(history.newest)} were tracked before the last edit, "
+                f"and since then only up to {history.place(history.head)}: go on tracking from there first"
             )
 
     def _restore(self, state: TrackerState, group: ObjectGroup, history: History, place: int) -> None:
