@@ -191,8 +191,7 @@ class Sam3VideoInference(Sam3VideoBase):
             state.groups.append(group)
         result = self._refine(state, encoded, group, obj_id, inputs)
         state.add_objects([obj_id], [1.0], frame_idx, is_from_user=True)
-        for touched in state.touched.values():
-            touched.add(obj_id)
+        state.touch(obj_id, frame_idx)
         state.num_edits += 1
         if state.last_frame is None:
             state.prune(frame_idx, reverse=False, is_again=True)
@@ -246,9 +245,10 @@ class Sam3VideoInference(Sam3VideoBase):
         """Follow the objects through the video, and find new ones on the way.
 
         What is done depends on what happened before: frames that are known and did not change are handed out again;
-        after clicks only the clicked objects (and those first seen with them) are tracked anew, beside what is known
-        of the others; otherwise every frame goes through detector and tracker. New objects are on probation for
-        ``hotstart_delay`` frames, and results come out as much later; all come out in the end.
+        after clicks only the clicked objects (and those first seen with them) are tracked anew on such frames, beside
+        what is known of the others, until they have come to the last of them; otherwise every frame goes through
+        detector and tracker. New objects are on probation for ``hotstart_delay`` frames, and results come out as much
+        later; all come out in the end.
 
         Args:
             inference_state: From `init_state`, with a prompt.
@@ -274,7 +274,7 @@ class Sam3VideoInference(Sam3VideoBase):
         if state.num_frames is None and reverse:
             raise PromptError(f"{state.frames.name}: a live source cannot be followed backward")
         last = _last_frame(state.num_frames, start, max_frame_num_to_track, reverse)
-        is_known = last is not None and all(t in state.cache for t in _span(start, last, reverse))
+        is_known = last is not None and all(state.is_cached(t) for t in _span(start, last, reverse))
         touched = set(state.touched[reverse])
         if state.was_propagated and touched:
             results = self._track_touched(state, start, last, reverse, touched)
@@ -282,13 +282,15 @@ class Sam3VideoInference(Sam3VideoBase):
             results = (state.cache.get(t, state.size_hw) for t in _span(start, last, reverse))
         else:
             results = self._track_all(state, start, last, reverse)
-        num_edits = state.num_edits
+        num_edits, reached = state.num_edits, None
         for result in results:
+            reached = result.frame_idx
             yield result.frame_idx, result.outputs(state.scores, state.scores, state.size_hw)
             if state.num_edits != num_edits:
                 raise RuntimeError("the session was edited while it was propagated: start the propagation again")
         state.was_propagated = True
-        state.touched[reverse] -= touched
+        if reached is not None:
+            state.settle(touched, start - 1 if reverse else start, reached, reverse)
 
     def _track_all(self, state: VideoState, start: int, last: int | None, reverse: bool) -> Iterator[VideoSizeResult]:
         state.require_startable(start - 1 if reverse else start, reverse)
@@ -313,6 +315,9 @@ class Sam3VideoInference(Sam3VideoBase):
     ) -> Iterator[VideoSizeResult]:
         state.require_startable(start - 1 if reverse else start, reverse)
         for frame_idx in _existing(state.frames, start, last, reverse):
+            if frame_idx not in state.known:  # neither are the other objects
+                yield from self._track_all(state, frame_idx + 1 if reverse else frame_idx, last, reverse)
+                return
             fresh = self.propagate_groups(state, frame_idx, touched, reverse)
             state.prune(frame_idx, reverse)
             result = fresh.at_video_size(self.model.preprocess, state.size_hw)
@@ -326,6 +331,7 @@ class Sam3VideoInference(Sam3VideoBase):
 
     def _keep(self, state: VideoState, result: FrameResult) -> VideoSizeResult:
         enlarged = result.at_video_size(self.model.preprocess, state.size_hw)
+        state.known.add(result.frame_idx, reverse=False)
         if state.edit_window != 0:
             state.cache.put(enlarged, state.scores)
         return enlarged

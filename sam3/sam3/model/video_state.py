@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from sam3.model.frame_spans import FrameSpans
 from sam3.model.memory_policy import EditRefusedError
 from sam3.model.memory_pruning import Front
 from sam3.model.prompt import Prompt
@@ -64,8 +65,10 @@ class VideoState:
     is_reverse: bool = False
     """The last pass went towards smaller indices."""
     was_propagated: bool = False
-    touched: dict[bool, set[int]] = field(default_factory=lambda: {False: set(), True: set()})
-    """Direction -> objects that were clicked since the last propagation in it."""
+    known: FrameSpans = field(default_factory=FrameSpans)
+    """Frames on which all objects were looked for and handed out, whether or not that is still kept."""
+    touched: dict[bool, dict[int, int]] = field(default_factory=lambda: {False: {}, True: {}})
+    """Direction -> clicked object -> the frame from which on known frames show it as it was before its clicks."""
     num_edits: int = 0
     """Prompts, clicks and removals so far: a propagation that runs meanwhile ends."""
 
@@ -116,7 +119,37 @@ class VideoState:
             self.scores.pop(obj_id, None)
             self.last_occluded.pop(obj_id, None)
             for touched in self.touched.values():
-                touched.discard(obj_id)
+                touched.pop(obj_id, None)
+
+    def is_cached(self, frame_idx: int) -> bool:
+        """Whether all that was found on a frame can be handed out again; of some there is only what was clicked."""
+        return frame_idx in self.cache and frame_idx in self.known
+
+    def touch(self, obj_id: int, frame_idx: int) -> None:
+        """An object was clicked: what is known of it in both directions is out of date."""
+        for touched, earliest in ((self.touched[False], min), (self.touched[True], max)):
+            touched[obj_id] = earliest(frame_idx, touched.get(obj_id, frame_idx))
+
+    def settle(self, obj_ids: Iterable[int], first: int, last: int, reverse: bool) -> None:
+        """Clicked objects were tracked again: forget the clicks if no known frame is left that does not show them.
+
+        Args:
+            obj_ids: What was tracked.
+            first: The first frame.
+            last: The last frame.
+            reverse: Towards smaller indices.
+        """
+        step = -1 if reverse else 1
+        known = [t * step for t, _ in self.known.items()]
+        touched = self.touched[reverse]
+        for obj_id in touched.keys() & set(obj_ids):
+            stale = touched[obj_id] * step
+            if any(stale <= t < first * step for t in known):
+                continue  # frames were left out
+            if all(t <= last * step for t in known):
+                del touched[obj_id]
+            else:
+                touched[obj_id] = max(stale, last * step + 1) * step
 
     def require_editable(self, frame_idx: int) -> None:
         """Check that a click on a frame, and tracking on from it, find all that they read.
