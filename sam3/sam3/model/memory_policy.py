@@ -14,6 +14,10 @@ policy                 edits and new starts                             memory p
 ``SnapshotReplay(M)``  anywhere; old frames are tracked again first     the same, and at most 16 snapshots of 4.7 MB
 =====================  ===============================================  ================================================
 
+``SnapshotReplay`` asks for one thing: once tracking was taken up again on an old frame, it must go on from there, and
+not skip to frames farther ahead; for what an earlier pass left before those is gone. Pictures that come only once, as a
+camera's do, are kept of all frames that can be edited: for it and for ``KeepEverything`` all, compressed without loss.
+
 Under every policy the results are those of a session that keeps everything, to the last bit on a device whose kernels
 are deterministic; what cannot be served so is refused with `EditRefusedError`. Prompted frames never cost memory per
 tracked frame: the nearest ones are kept (``SnapshotReplay`` keeps them all).
@@ -39,6 +43,12 @@ class EditRefusedError(PromptError):
 @dataclass(frozen=True)
 class KeepEverything:
     """Nothing is dropped, and everything can be edited; memory grows with the video."""
+
+    @property
+    def num_frames_read(self) -> int | None:
+        """How many of the last tracked frames' pictures edits may read again; None: all. Sources that can be read only
+        once keep so many."""
+        return None
 
     def require_startable(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """A frame is about to be tracked, with prompts that wait taken in before: refuse if what it reads is gone for
@@ -94,6 +104,11 @@ class RecentEdits(KeepEverything):
     def __post_init__(self) -> None:
         if self.num_frames < 0:
             raise ValueError(f"a memory policy cannot keep {self.num_frames} frames: give 0 or more")
+
+    @property
+    def num_frames_read(self) -> int | None:
+        """See `KeepEverything`; the way back from where tracking began reads all that lies before."""
+        return None if self.both_directions else max(self.num_frames, 1)
 
     def require_startable(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """See `KeepEverything`."""

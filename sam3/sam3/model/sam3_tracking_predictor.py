@@ -117,7 +117,9 @@ class Sam3TrackerPredictor(TrackerEngine):
             video_width: As ``video_height``.
             num_frames: As ``video_height``; None without a video: unknown.
             video_path: A video file or its bytes, a folder of pictures, a list or array of frames, an iterator over
-                frames, or a `sam3.video.frame_source.FrameSource`. None if all features are handed in.
+                frames, or a `sam3.video.frame_source.FrameSource`. None if all features are handed in. Of an iterator,
+                frames are kept as the policy needs: all, compressed, but for RecentEdits and NoLateEdits, under which
+                prompts must not run ahead of tracking.
             cached_features: By frame, what the tracker reads of it: `TrackerFeatures`, or as released a pair (image,
                 dict) whose ``backbone_fpn`` (in ``tracker_backbone_out``, if that is there) holds the three maps. Read
                 in place of the video's frames; the mapping may change while the session runs.
@@ -142,6 +144,8 @@ class Sam3TrackerPredictor(TrackerEngine):
         if num_frames is not None:
             num_frames = require_count(num_frames, "num_frames")
         policy = self.memory_policy if memory_policy is None else make_policy(memory_policy)
+        if source is not None:
+            source.keep_frames(None if policy is None else policy.num_frames_read)
         return TrackerState(
             engine=self,
             size_hw=size_hw,
@@ -382,7 +386,7 @@ class Sam3TrackerPredictor(TrackerEngine):
 
     def _check_edit(self, state: Any, frame_idx: Any, obj_id: Any) -> tuple[TrackerState, int, int]:
         state, obj_id = require_state(state), require_object_id(obj_id)
-        return state, require_frame(state, frame_idx), obj_id
+        return state, require_frame(state, frame_idx, is_prompt=True), obj_id
 
     def _require_editable(self, state: TrackerState, frame_idx: int) -> None:
         if state.policy is not None:

@@ -14,7 +14,6 @@ edits may still ask for.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +29,8 @@ from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
 from sam3.model.tracker_prompts import parse_mask, parse_points, require_object_id
 from sam3.model.tracker_state import TrackerState
 from sam3.sam.prompts import PromptError, to_array
-from sam3.video.frame_source import FrameSource, VideoInputError
+from sam3.video.frame_source import FrameGoneError, FrameSource, VideoInputError
+from sam3.video.kept_frames import KeptFrames
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,16 +53,20 @@ class StreamResult:
 
 
 class PushedFrames(FrameSource):
-    """The last few frames of a stream."""
+    """The last few frames of a stream, or all of them."""
 
     def __init__(self, num_kept: int | None) -> None:
         """
         Args:
-            num_kept: How many frames can be asked for again; None: all.
+            num_kept: How many frames can be asked for again; None: all, compressed without loss.
         """
         super().__init__("the stream", (0, 0), None, is_sequential=True)
-        self._kept: deque[np.ndarray] = deque(maxlen=num_kept)
-        self.num_pushed = 0
+        self._kept = KeptFrames(num_kept)
+
+    @property
+    def num_pushed(self) -> int:
+        """How many frames came so far."""
+        return self._kept.num_seen
 
     def push(self, frame: Any) -> int:
         """Take a frame; returns its index.
@@ -83,22 +87,29 @@ class PushedFrames(FrameSource):
             )
         self.size_hw = (pixels.shape[0], pixels.shape[1])
         self._kept.append(np.array(pixels))
-        self.num_pushed += 1
         return self.num_pushed - 1
 
     def end(self) -> None:
         """No frame follows."""
         self.num_frames = self.num_pushed
 
+    def close(self) -> None:
+        """See `FrameSource`."""
+        super().close()
+        self._kept.clear()
+
     def has_frame(self, index: int) -> bool:
         """See `FrameSource`."""
         return 0 <= index < self.num_pushed
 
+    def is_at_hand(self, index: int) -> bool:
+        """See `FrameSource`; asking for a frame reads nothing."""
+        return True
+
     def _read(self, index: int) -> np.ndarray:
-        oldest = self.num_pushed - len(self._kept)
-        if index < oldest:
-            raise VideoInputError(f"frame {index} of the stream is gone: frames {oldest} and later are kept")
-        return self._kept[index - oldest]
+        if index < self._kept.oldest:
+            raise FrameGoneError(f"frame {index} of the stream is gone: frames {self._kept.oldest} and later are kept")
+        return self._kept[index]
 
 
 class StreamingTracker:

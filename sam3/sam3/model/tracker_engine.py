@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,11 +21,13 @@ from sam3.model.mask_rules import (
     video_to_square,
 )
 from sam3.model.memory_bank import FrameRecord, MemoryBank, attended_memories, attended_pointers
+from sam3.model.memory_policy import EditRefusedError
 from sam3.model.sam3_image import Sam3Image
 from sam3.model.sam3_tracker import TrackerFeatures, TrackOutput
 from sam3.model.tracker_consolidation import consolidate, display_masks, previous_logits
 from sam3.model.tracker_state import ObjectGroup, PendingOutput, PointPrompt, TrackerState, require_state
 from sam3.sam.prompts import PromptError
+from sam3.video.frame_source import FrameGoneError, FrameSource
 
 _PREVIOUS_LOGIT_LIMIT = 32.0
 _ABSENT_SCORE = -10.0
@@ -70,6 +73,7 @@ class TrackerEngine:
 
         Raises:
             PromptError: If there is neither a video nor features of this frame.
+            EditRefusedError: If the video can be read only once, and the frame is gone.
             RuntimeError: If the model is in training mode.
             VideoDecodeError: If the frame cannot be decoded.
         """
@@ -85,7 +89,7 @@ class TrackerEngine:
                 raise PromptError(
                     f"frame {frame_idx} has no cached_features, and there is no video to compute them from"
                 )
-            image = self.model.preprocess(state.source.frame(frame_idx))[None]
+            image = self.model.preprocess(_read_frame(state.source, frame_idx))[None]
             features = self.model.tracker_features(image.to(weight.device, weight.dtype))
         state.cache_features(frame_idx, features)
         return features
@@ -188,7 +192,7 @@ class TrackerEngine:
             state.policy.require_startable(state, frame_idx, reverse)
         if state.has_pending_prompts or not state.is_trackable:
             self.propagate_in_video_preflight(state, run_mem_encoder)
-        state.touch(frame_idx)
+        state.touch(frame_idx, is_tracked=True)
         if state.policy is not None:
             state.policy.before_frame(state, frame_idx, reverse)
         records = [self._track_group(state, group, frame_idx, reverse, run_mem_encoder) for group in state.groups]
@@ -299,6 +303,15 @@ class TrackerEngine:
         if self.non_overlap_masks_for_output:
             masks = apply_non_overlapping_constraints(masks)
         return fill_holes_in_mask_scores(masks, self.fill_hole_area)
+
+
+def _read_frame(source: FrameSource, frame_idx: int) -> np.ndarray:
+    try:
+        return source.frame(frame_idx)
+    except FrameGoneError as error:
+        raise EditRefusedError(
+            f"{error}: a larger window (RecentEdits) or SnapshotReplay, which keeps all frames, serves older ones"
+        ) from error
 
 
 def _join(parts: Sequence[Tensor]) -> Tensor:

@@ -24,15 +24,23 @@ _EDGE = 1e-4
 """Share of the image by which rounding may put a point on the border outside."""
 
 
-def require_frame(state: TrackerState, frame_idx: Any, name: str = "frame_idx") -> int:
+def require_frame(state: TrackerState, frame_idx: Any, name: str = "frame_idx", is_prompt: bool = False) -> int:
     """A frame index of the video.
 
+    Args:
+        state: The session.
+        frame_idx: What the user said.
+        name: The argument's name.
+        is_prompt: The frame is for a prompt, and tracking has still to come to it.
+
     Raises:
-        PromptError: If it is no integer, or the video has no such frame.
+        PromptError: If it is no integer, the video has no such frame, or reading on to it would lose frames.
     """
     if isinstance(frame_idx, bool) or not isinstance(frame_idx, Integral):
         raise PromptError(f"{name} must be an integer, got {frame_idx!r}")
     index = int(frame_idx)
+    if is_prompt:
+        state.require_no_loss(index)
     if not state.has_frame(index):
         num_frames = state.num_frames
         frames = "an unknown number of frames" if num_frames is None else f"frames 0 to {num_frames - 1}"

@@ -27,6 +27,10 @@ _MIN_UNKNOWN_LENGTH = 16
 class MemoryPolicy(Protocol):
     """Decides which records a session keeps; see `sam3.model.memory_policy`."""
 
+    @property
+    def num_frames_read(self) -> int | None:
+        """How many of the last tracked frames' pictures may be read again; None: all."""
+
     def require_startable(self, state: TrackerState, frame_idx: int, reverse: bool) -> None:
         """A frame is about to be tracked: refuse if what it reads is gone."""
 
@@ -214,6 +218,7 @@ class TrackerState:
         self.max_cached_features = max_cached_features
         self._num_frames = num_frames
         self._highest_frame_idx = 0
+        self._newest_tracked = -1
 
     @property
     def size_hw(self) -> tuple[int, int]:
@@ -286,6 +291,21 @@ class TrackerState:
             return self.source.has_frame(frame_idx)
         return frame_idx >= 0 and (self._num_frames is None or frame_idx < self._num_frames)
 
+    def require_no_loss(self, frame_idx: int) -> None:
+        """Check that reading on to a frame loses none that tracking has still to come to.
+
+        Raises:
+            PromptError: If it would: the frame lies ahead in a source that can be read only once, and keeps a few.
+        """
+        source, keeps_all = self.source, self.policy is None or self.policy.num_frames_read is None
+        if source is None or keeps_all or not self.is_trackable:
+            return
+        if frame_idx > max(self._highest_frame_idx, self._newest_tracked + 1) and not source.is_at_hand(frame_idx):
+            raise PromptError(
+                f"frame {frame_idx} lies ahead, and {source.name} can be read only once: track up to this frame first, "
+                "take the memory policy SnapshotReplay, which keeps all frames, or StreamingTracker, where prompts wait"
+            )
+
     def reset(self) -> None:
         """Forget all objects, prompts and results."""
         self.groups = []
@@ -296,9 +316,11 @@ class TrackerState:
         if self.source is not None:
             self.source.close()
 
-    def touch(self, frame_idx: int) -> None:
-        """Note that a frame is used, for the assumed length of a live video."""
+    def touch(self, frame_idx: int, is_tracked: bool = False) -> None:
+        """Note that a frame is used, for the assumed length of a live video, or tracked."""
         self._highest_frame_idx = max(self._highest_frame_idx, frame_idx)
+        if is_tracked:
+            self._newest_tracked = max(self._newest_tracked, frame_idx)
 
     def cache_features(self, frame_idx: int, features: TrackerFeatures) -> None:
         """Keep the features of a frame, and drop those that were used longest ago."""

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,11 +15,10 @@ import numpy as np
 from torch import Tensor
 
 from sam3.image_input import IMAGE_SUFFIXES, ImageInputError, open_image, to_rgb_uint8
+from sam3.video.kept_frames import KeptFrames
 
 _Source = TypeVar("_Source", bound="FrameSource")
 _KINDS = "a video file, a folder of pictures, a list or array of frames, or something that yields frames"
-_FRAMES_OF_AN_ITERATOR = 2
-"""The last frames of a live source that can be asked for again: the one being tracked and the one before."""
 
 
 class VideoInputError(ValueError):
@@ -29,6 +27,10 @@ class VideoInputError(ValueError):
 
 class FrameRangeError(VideoInputError, IndexError):
     """A frame that the video does not have, or no longer has."""
+
+
+class FrameGoneError(FrameRangeError):
+    """A frame that was there, of a source that can be read only once and keeps its last ones."""
 
 
 class VideoDecodeError(VideoInputError):
@@ -64,7 +66,7 @@ class FrameSource(ABC):
         self.frames_per_second = frames_per_second
         """The average; None if the frames have no times."""
         self.is_sequential = is_sequential
-        """True if frames must be asked for in order (the last ones may be asked for again)."""
+        """True if frames must be asked for in order (the last ones may be asked for again; see `keep_frames`)."""
         self._is_closed = False
 
     @abstractmethod
@@ -100,6 +102,21 @@ class FrameSource(ABC):
         A frame may turn out to be damaged nevertheless.
         """
         return index >= 0 and (self.num_frames is None or index < self.num_frames)
+
+    def is_at_hand(self, index: int) -> bool:
+        """Whether a frame that was not asked for yet can be had without losing older ones, or there is none."""
+        return not self.is_sequential or (self.num_frames is not None and index >= self.num_frames)
+
+    def keep_frames(self, num_frames: int | None) -> None:
+        """Keep the last frames, beside the newest one, for being asked for again; to be said before any is asked for.
+
+        Sources whose frames can be read at any time, and those that only their maker can tell, do nothing.
+
+        Args:
+            num_frames: How many; None: all, compressed without loss, so that memory grows with the video.
+        """
+        if num_frames is not None and num_frames < 1:
+            raise ValueError(f"{self.name}: cannot keep {num_frames} frames: give 1 or more, or None for all")
 
     def time_s(self, index: int) -> float | None:
         """When the frame is shown, in seconds from the first one; None if the frames have no times."""
@@ -145,57 +162,58 @@ class FolderFrames(FrameSource):
 class IteratorFrames(FrameSource):
     """Frames from something that yields them, such as a camera: in order, and only once.
 
-    The first frame is taken at once, for its size.
+    The first frame is taken at once, for its size. The newest frame and the one before it can be asked for again.
     """
 
     def __init__(self, frames: Iterable[Any], name: str = "the live source") -> None:
         self._iterator = iter(frames)
-        self._last: deque[np.ndarray] = deque(maxlen=_FRAMES_OF_AN_ITERATOR)
-        self._num_read = 0
+        self._kept = KeptFrames(2)
         self._fault: VideoDecodeError | None = None
         super().__init__(name, (0, 0), None, is_sequential=True)
         if not self._advance():
             raise VideoInputError(f"{name}: ended before its first frame")
         if self._fault is not None:
             raise VideoInputError(str(self._fault))
-        self.size_hw = (self._last[0].shape[0], self._last[0].shape[1])
+        self.size_hw = (self._kept[0].shape[0], self._kept[0].shape[1])
 
     def has_frame(self, index: int) -> bool:
         """See `FrameSource`; takes frames from the source up to this one."""
-        while index >= self._num_read and self._fault is None and self.num_frames is None:
+        while index >= self._kept.num_seen and self._fault is None and self.num_frames is None:
             self._advance()
         return index >= 0 and (self.num_frames is None or index < self.num_frames)
+
+    def keep_frames(self, num_frames: int | None) -> None:
+        """See `FrameSource`."""
+        super().keep_frames(num_frames)
+        self._kept.num_kept = None if num_frames is None else num_frames + 1
 
     def _advance(self) -> bool:
         """Take one frame, or note that the source ended or failed; False at its end."""
         try:
             frame = next(self._iterator)
-            self._last.append(_to_pixels(frame, self.name, self._num_read))
+            self._kept.append(_to_pixels(frame, self.name, self._kept.num_seen))
         except StopIteration:
-            self.num_frames = self._num_read
+            self.num_frames = self._kept.num_seen
             return False
         except VideoDecodeError as error:
             self._fault = error
         except Exception as error:  # whatever a camera's or a network's library raises; it is raised again below
-            message = f"{self.name}: failed at frame {self._num_read} ({type(error).__name__}: {error})"
-            self._fault = VideoDecodeError(message, self._num_read)
+            message = f"{self.name}: failed at frame {self._kept.num_seen} ({type(error).__name__}: {error})"
+            self._fault = VideoDecodeError(message, self._kept.num_seen)
             self._fault.__cause__ = error
-        else:
-            self._num_read += 1
         return True
 
     def _read(self, index: int) -> np.ndarray:
-        if index >= self._num_read and self._fault is not None:
+        if index >= self._kept.num_seen and self._fault is not None:
             raise self._fault
-        oldest = self._num_read - len(self._last)
-        if index < oldest:
-            raise FrameRangeError(f"{self.name}: frame {index} is gone; a live source keeps its last {len(self._last)}")
-        return self._last[index - oldest]
+        if index < self._kept.oldest:
+            raise FrameGoneError(f"{self.name}: frame {index} is gone; a live source keeps its last {len(self._kept)}")
+        return self._kept[index]
 
     def close(self) -> None:
         """See `FrameSource`."""
         super().close()
-        self._last.clear()
+        self._kept.clear()
 
 
 def open_frames(source: Any, *, decoder: str | None = None, prefetch: int = 0) -> FrameSource:

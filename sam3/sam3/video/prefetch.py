@@ -55,6 +55,10 @@ class PrefetchedFrames(FrameSource):
         """See `FrameSource`."""
         return self._source.time_s(index)
 
+    def keep_frames(self, num_frames: int | None) -> None:
+        """See `FrameSource`; the source inside is ahead by the frames that are ready."""
+        self._source.keep_frames(None if num_frames is None else num_frames + self._shared.num_ahead)
+
     def _read(self, index: int) -> np.ndarray:
         result = self._shared.get(index)
         if isinstance(result, BaseException):

@@ -9,15 +9,18 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
-from sam3.coco_rle import Rle, decode_mask, encode_mask
+from sam3.coco_rle import decode_mask, encode_mask
 from sam3.sam.prompts import PromptError
 from sam3.video.frame_source import FrameSource, VideoDecodeError
 from sam3.video.prompts import ObjectPrompt, clip_box
+from sam3.video.spool import Spool
 from sam3.video.writer import FrameWriter, TrackedFrame
 
 if TYPE_CHECKING:
@@ -65,6 +68,10 @@ class RecentFrames(FrameSource):
         self.num_frames = self._source.num_frames
         return is_there
 
+    def keep_frames(self, num_frames: int | None) -> None:
+        """See `FrameSource`."""
+        self._source.keep_frames(num_frames)
+
     def time_s(self, index: int) -> float | None:
         """See `FrameSource`."""
         return self._source.time_s(index)
@@ -110,8 +117,8 @@ def passes(start: int, num_frames: int, direction: str, max_frames: int | None) 
 class PromptedTracker:
     """Follows the objects of prompts, in the order of frames.
 
-    Backward tracking is a session of its own and comes first; its masks are kept as run lengths. So the frames come in
-    order, and neither pass needs more memory than the policy allows.
+    Backward tracking is a session of its own and comes first; its masks wait in a file as run lengths. So the frames
+    come in order, and neither pass needs more memory than the policy allows.
     """
 
     def __init__(
@@ -121,6 +128,7 @@ class PromptedTracker:
         prompts: Sequence[ObjectPrompt],
         direction: str = "both",
         max_frames: int | None = None,
+        spool_folder: Path | None = None,
     ) -> None:
         """Plan the passes; nothing is computed yet.
 
@@ -130,9 +138,12 @@ class PromptedTracker:
             prompts: All prompts on all objects.
             direction: From the first prompted frame "forward", "backward", or "both" ways.
             max_frames: The most frames beyond the first prompted one, each way.
+            spool_folder: Where masks of the backward pass wait, in a file without a name; None: where the system keeps
+                temporary files.
         """
         assert frames.num_frames is not None
         self.predictor, self.frames, self.prompts = predictor, frames, prompts
+        self.spool_folder = spool_folder
         self.start = min(prompt.frame_idx for prompt in prompts)
         self.passes = passes(self.start, frames.num_frames, direction, max_frames)
         self.num_steps = sum(map(len, self.passes))
@@ -143,25 +154,37 @@ class PromptedTracker:
 
         Raises:
             PromptError: If a prompt cannot be used.
-            VideoDecodeError: If a frame cannot be decoded, after handing out those before it.
+            VideoDecodeError: If a frame cannot be decoded, after handing out all that can be tracked without it: damage
+                behind the start ends the backward pass alone.
         """
+        fault: VideoDecodeError | None = None
         for number, span in enumerate(self.passes):
-            results = self._run(span, on_step)
-            if span.step > 0:
-                yield from results
-                continue
-            packed, stop = [], None
+            run = self._run if span.step > 0 else partial(self._run_backward, is_last=number == len(self.passes) - 1)
             try:
-                for tracked in results:
-                    packed.append(_pack(tracked))
-            except (VideoDecodeError, KeyboardInterrupt) as error:  # raised when what was done is handed out
+                yield from run(span, on_step)
+            except VideoDecodeError as error:  # behind the prompt: the way forward may be whole
+                if fault is None or str(fault) == str(error):
+                    fault = error
+                else:
+                    fault = VideoDecodeError(f"{fault}; {error}", fault.frame_idx)
+        if fault is not None:
+            raise fault
+
+    def _run_backward(self, span: range, on_step: Callable[[], Any], is_last: bool) -> Iterator[Tracked]:
+        """A pass whose frames are handed out last first, also if it was stopped; then what stopped it is raised."""
+        stop: VideoDecodeError | KeyboardInterrupt | None = None
+        with Spool(self.spool_folder) as spool:
+            try:
+                for tracked in self._run(span, on_step):
+                    spool.append(_pack(tracked))
+            except (VideoDecodeError, KeyboardInterrupt) as error:
                 stop = error
-            if number < len(self.passes) - 1 and stop is None:
-                packed.pop(0)  # the start, which the next pass begins with
-            for tracked, rles in reversed(packed):
-                yield tracked._replace(masks=_unpack(rles, self.frames.size_hw))
-            if stop is not None:
-                raise stop
+            # The start, which came first, is what the next pass begins with; after Ctrl-C there is none.
+            leave = 0 if is_last or isinstance(stop, KeyboardInterrupt) else 1
+            for record in spool.last_first(leave):
+                yield _unpack(record, self.frames.size_hw)
+        if stop is not None:
+            raise stop
 
     def _run(self, span: range, on_step: Callable[[], Any]) -> Iterator[Tracked]:
         state = self.predictor.init_state(video_path=self.frames)
@@ -230,9 +253,12 @@ class TrackRun:
 
     num_frames: int = 0
     """Frames that were written."""
+    first_frame: int = 0
+    last_frame: int = -1
+    """They are the frames from the first one to the last one."""
     seconds: float = 0.0
     failure: str | None = None
-    """Why the video ended early."""
+    """Why not all frames were tracked."""
     is_interrupted: bool = False
 
 
@@ -257,6 +283,8 @@ def track_video(
                 for tracked in tracker(bar.update):
                     pixels, time_s = frames.to_draw_on(tracked.frame_idx), frames.time_s(tracked.frame_idx)
                     writer.add(TrackedFrame(tracked.frame_idx, time_s, pixels, *tracked[1:]))
+                    run.first_frame = run.first_frame if run.num_frames else tracked.frame_idx
+                    run.last_frame = tracked.frame_idx
                     run.num_frames += 1
             stopped_by = None
         except VideoDecodeError as error:
@@ -288,9 +316,11 @@ def _stopping(frames: RecentFrames) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _pack(tracked: Tracked) -> tuple[Tracked, list[Rle]]:
-    return tracked._replace(masks=np.empty(0)), [encode_mask(mask) for mask in tracked.masks]
+def _pack(tracked: Tracked) -> list[Any]:
+    return [*tracked[:3], [encode_mask(mask)["counts"] for mask in tracked.masks]]
 
 
-def _unpack(rles: Sequence[Rle], size_hw: tuple[int, int]) -> np.ndarray:
-    return np.array([decode_mask(rle) for rle in rles], dtype=bool).reshape(-1, *size_hw)
+def _unpack(record: list[Any], size_hw: tuple[int, int]) -> Tracked:
+    frame_idx, obj_ids, scores, counts = record
+    masks = [decode_mask({"size": list(size_hw), "counts": text}) for text in counts]
+    return Tracked(frame_idx, obj_ids, scores, np.array(masks, dtype=bool).reshape(-1, *size_hw))
