@@ -218,7 +218,8 @@ def _build_tracker(
         predictor = Sam3TrackerPredictor(
             model, objects="joint" if are_prompted_together(prompts) else "independent", memory_policy="no_late_edits"
         )
-        return PromptedTracker(predictor, RecentFrames(frames, 2), prompts, args.direction, args.max_frames)
+        recent = RecentFrames(frames, 2)
+        return PromptedTracker(predictor, recent, prompts, args.direction, args.max_frames, spool_folder=args.output)
 
     from sam3.model.sam3_video_inference import Sam3VideoInference
 
@@ -268,10 +269,18 @@ def _report(run: TrackRun, writers: list[FrameWriter], args: argparse.Namespace)
         print(f"interrupted; {args.output} holds what was done", file=sys.stderr)
         return EXIT_INTERRUPTED
     if run.failure is not None:
-        kept = f"{args.output} holds the {run.num_frames} frames before" if run.num_frames else "nothing was tracked"
-        print(f"error: {run.failure}; {kept}", file=sys.stderr)
+        print(f"error: {run.failure}; {_describe_kept(run, args)}", file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
+
+
+def _describe_kept(run: TrackRun, args: argparse.Namespace) -> str:
+    if not run.num_frames:
+        return "nothing was tracked"
+    which = f"frame {run.last_frame}"
+    if run.num_frames > 1:
+        which = f"{run.num_frames} frames, {run.first_frame} to {run.last_frame}"
+    return f"{args.output} holds {which}"
 
 
 def main(argv: list[str] | None = None) -> int:

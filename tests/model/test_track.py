@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
 import torch
-from golden import fill
 from PIL import Image
+from track_command import run_track, write_pictures, write_tiny_checkpoint
 from video_clips import frame_pixels, write_video
 
 import sam3
@@ -36,12 +37,7 @@ MEMORY_FLAGS = {"default": (), "efficient": ("--memory", "efficient"), "full": (
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """All parts of the tiny model, with the golden vectors' weights."""
-    path = tmp_path_factory.mktemp("checkpoint") / "tiny.pt"
-    options = {"enable_detector": True, "enable_inst_interactivity": True, "enable_tracker": True}
-    model = fill(build_sam3_image_model(load_from_HF=False, config="tiny", device="cpu", **options))
-    torch.save({"model": to_released(model.state_dict(), model.config)}, path)
-    return path
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny.pt")
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +53,7 @@ def clip(tmp_path) -> Path:
 @pytest.fixture
 def run(checkpoint, tmp_path, capsys):
     """Run the command on the CPU; gives exit code, stdout, stderr and the tracks."""
-
-    def call(*options: object):
-        words = ["--checkpoint", checkpoint, "--output", tmp_path / "out", "--device", "cpu", *options]
-        code = main([str(word) for word in words])
-        file = tmp_path / "out/tracks.json"
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err, json.loads(file.read_text()) if file.exists() else None
-
-    return call
+    return partial(run_track, checkpoint, tmp_path / "out", capsys)
 
 
 def expected_masks(model, clip: Path, add, start: int, reverse: bool, **settings) -> dict[int, np.ndarray]:
@@ -130,10 +118,7 @@ def test_several_objects_on_several_frames_from_json(run, clip, model, tmp_path)
 
 
 def test_a_folder_and_a_picture_of_masks(run, tmp_path) -> None:
-    folder = tmp_path / "frames"
-    folder.mkdir()
-    for i in range(4):
-        Image.fromarray(frame_pixels(i)).save(folder / f"{i}.png")
+    folder = write_pictures(tmp_path / "frames", 4)
     masks = np.zeros((2, HEIGHT, WIDTH), dtype=bool)
     masks[0, 4:20, 4:20], masks[1, 24:40, 30:50] = True, True
     index_image(list(masks), (HEIGHT, WIDTH), [3, 4]).save(tmp_path / "first.png")
@@ -183,7 +168,7 @@ def test_a_decoder_that_dies_midway_keeps_what_was_tracked(run, tmp_path, option
     path.write_bytes(path.read_bytes()[:end])
     code, out, err, tracks = run(path, option, value)
     assert code == 2 and "Traceback" not in err
-    assert "cut.mp4: decoding ends before frame 6 of 12 frames" in err and "holds the 6 frames before" in err
+    assert "cut.mp4: decoding ends before frame 6 of 12 frames" in err and "out holds 6 frames, 0 to 5" in err
     assert "frames: 6, " in out and [frame["frame"] for frame in tracks["frames"]] == list(range(6))
     assert "decoding ends before frame 6" in tracks["stopped_by"]
     assert len(list((tmp_path / "out/Annotations/cut").iterdir())) == 6

@@ -20,7 +20,7 @@ from sam3.coco_rle import decode_mask, encode_mask
 from sam3.sam.prompts import PromptError
 from sam3.video.frame_source import FrameSource, VideoDecodeError
 from sam3.video.prompts import ObjectPrompt, clip_box
-from sam3.video.spool import Spool
+from sam3.video.spool import open_spool
 from sam3.video.writer import FrameWriter, TrackedFrame
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ class PromptedTracker:
     def _run_backward(self, span: range, on_step: Callable[[], Any], is_last: bool) -> Iterator[Tracked]:
         """A pass whose frames are handed out last first, also if it was stopped; then what stopped it is raised."""
         stop: VideoDecodeError | KeyboardInterrupt | None = None
-        with Spool(self.spool_folder) as spool:
+        with open_spool(self.spool_folder) as spool:
             try:
                 for tracked in self._run(span, on_step):
                     spool.append(_pack(tracked))

@@ -134,18 +134,23 @@ class _AvDecoder:
 
     def frame(self, index: int) -> np.ndarray:
         """See `_Decoder`."""
-        if self._fault is not None and index >= self._fault.frame_idx:
-            raise self._fault
-        gap = index - self._next
-        if self._container is None or gap < 0 or (gap > _MAX_CACHED_FRAMES and self._index.has_exact_times):
+        fault, gap = self._fault, index - self._next
+        is_beyond = fault is not None and index >= fault.frame_idx
+        is_far = gap < 0 or (gap > _MAX_CACHED_FRAMES and self._index.has_exact_times)
+        if self._container is None or is_far or is_beyond:
             self._start(index)
+        if fault is not None and is_beyond and self._next < fault.frame_idx:
+            raise fault  # there is no key frame from the damage on
         for found, frame in self._frames:
             self._next = found + 1
             if found == index:
                 return self._to_rgb(frame)
             if found > index:
                 raise VideoDecodeError(f"{self._index.name}: frame {index} is damaged and cannot be decoded", index)
-        raise self._lost(index)
+        lost = self._lost(index)
+        if index >= lost.frame_idx > (fault.frame_idx if fault is not None and is_beyond else -1):
+            return self.frame(index)  # perhaps from a later key frame
+        raise lost
 
     def _start(self, index: int) -> None:
         """Open the file and stand at the key frame before a frame, or at the start where that is not possible."""
