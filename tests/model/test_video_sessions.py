@@ -108,6 +108,14 @@ BAD_REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "a session that is not there": ({"type": "reset_session", "session_id": "yours"}, "no session 'yours'"),
     "a list of sessions": ({"type": "reset_session", "session_id": ["mine"]}, "no session"),
     "no frame": ({"type": "add_prompt", "session_id": "mine", "text": "x"}, "lacks 'frame_index'"),
+    "an unknown option": (
+        {"type": "start_session", "resource_path": make_frames(1), "editwindow": 30, "fps": 5},
+        "'start_session' takes no 'editwindow', 'fps'; it takes .*'edit_window'",
+    ),
+    "an unknown prompt": (
+        {"type": "add_prompt", "session_id": "mine", "frame_index": 0, "text": "x", "boxes": []},
+        "'add_prompt' takes no 'boxes'",
+    ),
     "no object": ({"type": "remove_object", "session_id": "mine"}, "lacks 'obj_id'"),
 }
 
@@ -124,6 +132,8 @@ def test_bad_streams_are_refused_at_once(predictor: Sam3VideoPredictor) -> None:
     session_id = open_session(predictor, 1)
     with pytest.raises(SessionError, match="unknown stream request"):
         predictor.handle_stream_request({"type": "add_prompt", "session_id": session_id})
+    with pytest.raises(SessionError, match=r"takes no 'start_frame'; it takes .*'start_frame_index'"):
+        predictor.handle_stream_request({"type": "propagate_in_video", "session_id": session_id, "start_frame": 0})
     for direction in ("up", ["both"]):
         with pytest.raises(SessionError, match=r"propagation_direction .* is not one of"):
             predictor.handle_stream_request(

@@ -14,6 +14,37 @@ from typing import Any
 from sam3.model.sam3_video_inference import Sam3VideoInference
 from sam3.model.video_state import VideoState
 
+_KEYS: dict[str, set[str]] = {
+    "start_session": {
+        "resource_path",
+        "session_id",
+        "offload_video_to_cpu",
+        "async_loading_frames",
+        "video_loader_type",
+        "edit_window",
+    },
+    "add_prompt": {
+        "session_id",
+        "frame_index",
+        "text",
+        "bounding_boxes",
+        "bounding_box_labels",
+        "points",
+        "point_labels",
+        "obj_id",
+        "rel_coordinates",
+    },
+    "remove_object": {"session_id", "obj_id", "is_user_action"},
+    "reset_session": {"session_id"},
+    "close_session": {"session_id"},
+    "propagate_in_video": {
+        "session_id",
+        "propagation_direction",
+        "start_frame_index",
+        "max_frame_num_to_track",
+    },
+}
+"""Request -> what it may hold beside its type."""
 _DIRECTIONS = {"both": (False, True), "forward": (False,), "backward": (True,)}
 
 
@@ -75,6 +106,7 @@ class Sam3VideoPredictor:
         handler = self._handlers.get(_kind(request))
         if handler is None:
             raise SessionError(f"unknown request type {_kind(request)!r}; there are {sorted(self._handlers)}")
+        _require_known_keys(request)
         return handler(dict(request))
 
     def handle_stream_request(self, request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -85,6 +117,7 @@ class Sam3VideoPredictor:
         """
         if _kind(request) != "propagate_in_video":
             raise SessionError(f"unknown stream request type {_kind(request)!r}; there is 'propagate_in_video'")
+        _require_known_keys(request)
         session = self._find(request)
         direction = request.get("propagation_direction") or "both"
         if not isinstance(direction, str) or direction not in _DIRECTIONS:
@@ -109,7 +142,7 @@ class Sam3VideoPredictor:
     def _start_session(self, request: dict[str, Any]) -> dict[str, Any]:
         resource = _require(request, "resource_path")
         session_id = str(request.get("session_id") or uuid.uuid4())
-        given = {"offload_video_to_cpu", "async_loading_frames", "video_loader_type", "edit_window"} & request.keys()
+        given = request.keys() - {"type", "resource_path", "session_id"}
         state = self.model.init_state(resource, **{name: request[name] for name in given})
         with self._lock:
             is_taken = session_id in self._sessions
@@ -194,6 +227,13 @@ def _kind(request: Mapping[str, Any]) -> str:
     if not isinstance(request, Mapping) or not isinstance(request.get("type"), str):
         raise SessionError("a request is a dict with the key 'type', whose value is a word")
     return request["type"]
+
+
+def _require_known_keys(request: Mapping[str, Any]) -> None:
+    kind = _kind(request)
+    unknown = sorted(map(repr, request.keys() - _KEYS[kind] - {"type"}))
+    if unknown:
+        raise SessionError(f"the request {kind!r} takes no {', '.join(unknown)}; it takes {sorted(_KEYS[kind])}")
 
 
 def _require(request: Mapping[str, Any], name: str) -> Any:
