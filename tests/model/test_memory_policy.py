@@ -101,11 +101,12 @@ def test_snapshots_do_not_skip_what_an_edit_made_old(plain, reverse):
         next(plain.propagate_in_video(twins.pruned, at(21), 0, reverse))
     for frame_idx in (9, 20, 21, 22, 25, 26):  # 25 is prompted, and its masks are there
         assert not twins.track(at(frame_idx), at(frame_idx), reverse)
-    for frame_idx in (8, 20, 21, 26):
+    for frame_idx in (8, 20):
         assert not twins.click(at(frame_idx), 1)
-    assert twins.click(at(25), 1) and not twins.track(at(25), at(25), reverse)
+    for frame_idx in (25, 28):  # beyond what was tracked: the prompt waits
+        assert twins.click(at(frame_idx), 1) and not twins.track(at(frame_idx), at(frame_idx), reverse)
     assert twins.track(at(8), at(20), reverse)
-    assert twins.click(at(22), 1) and twins.track(at(24), at(28), reverse)  # nothing old lies ahead any more
+    assert twins.click(at(22), 1) and twins.track(at(24), at(29), reverse)  # nothing old lies ahead any more
 
 
 def test_both_directions(plain):
@@ -137,6 +138,10 @@ def test_removing_an_object(plain, policy):
         assert twins.box(0, 1) and twins.click(0, 2) and twins.track(0, 9)
     remove = plain.remove_object
     assert independent.both(lambda state: remove(state, 1, need_output=False)[0]) and independent.track(10, 13)
+    if isinstance(policy, NoLateEdits):
+        wanted = "object 1 has a prompt on frame 0, of .* no longer be edited.*; or remove it with need_output=False"
+        with pytest.raises(EditRefusedError, match=wanted):
+            plain.remove_object(joint.pruned, 1)
     assert not joint.remove(1)  # the other's mask on frame 0 is gone; the snapshots are those of both
     is_done = joint.both(lambda state: remove(state, 1, need_output=False)[0])
     assert is_done == isinstance(policy, NoLateEdits)

@@ -67,6 +67,17 @@ class KeepEverything:
         """An object is about to be removed, and the masks of others on ``frames`` are asked for: refuse what the others
         would not survive exactly."""
 
+    def _require_masks(self, state: TrackerState, obj_id: int, frames: Iterable[int]) -> None:
+        """Refuse masks of frames on which a removed object had a prompt, if they cannot be put together any more."""
+        for frame_idx in frames:
+            try:
+                self.require_editable(state, frame_idx)
+            except EditRefusedError as error:
+                raise EditRefusedError(
+                    f"object {obj_id} has a prompt on frame {frame_idx}, of which the others' masks are asked for: "
+                    f"{error}; or remove it with need_output=False"
+                ) from error
+
 
 @dataclass
 class Horizon:
@@ -157,8 +168,7 @@ class RecentEdits(KeepEverything):
                     f"object {obj_id} cannot be removed exactly: it is tracked in one batch with {others}, and records "
                     "that they would read then were dropped; track objects as independent ones, or keep everything"
                 )
-        for frame_idx in frames:
-            self.require_editable(state, frame_idx)
+        self._require_masks(state, obj_id, frames)
 
     def _can_start(self, group: ObjectGroup, frame_idx: int, reverse: bool) -> bool:
         horizon = group.horizon

@@ -170,7 +170,7 @@ class SnapshotReplay(KeepEverything):
             if group.horizon is not None and frame_idx not in group.bank.cond
         ]
         for _, history in known:
-            if history.place(frame_idx) > history.head:
+            if history.head < history.place(frame_idx) <= history.newest:
                 self._require_no_gap(history, frame_idx)
         for group, history in known:
             if history.place(frame_idx) <= history.head:
@@ -185,8 +185,7 @@ class SnapshotReplay(KeepEverything):
                 f"object {obj_id} cannot be removed exactly: it is tracked in one batch with {others}, and so are they "
                 "in the snapshots; track objects as independent ones, or keep everything"
             )
-        for frame_idx in frames:
-            self.require_editable(state, frame_idx)
+        self._require_masks(state, obj_id, frames)
 
     def _require_no_gap(self, history: History, frame_idx: int) -> None:
         """Refuse a frame ahead if an earlier pass came farther than the latest one.
