@@ -11,7 +11,7 @@ import pytest
 import torch
 from tracking_sessions import small_model
 
-from sam3.model.memory_policy import EditRefusedError, NoLateEdits, RecentEdits
+from sam3.model.memory_policy import EditRefusedError, KeepEverything, NoLateEdits, RecentEdits
 from sam3.model.memory_snapshots import SnapshotReplay
 from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
 from sam3.model.streaming import StreamingTracker
@@ -86,6 +86,61 @@ def test_correcting_the_newest_frame_and_older_ones(predictor, frames):
     assert same(tracker.push(frames[8]), expected)
 
 
+@pytest.mark.parametrize("policy", [SnapshotReplay(every=3, max_snapshots=2), KeepEverything()])
+def test_edits_anywhere(predictor, frames, policy):
+    """Also far behind, beside one another, and while an earlier one is being tracked through."""
+    tracker = StreamingTracker(predictor, memory_policy=policy)
+    state = predictor.init_state(video_path=frames)
+    tracker.add_points(1, **CLICK)
+    predictor.add_new_points_or_box(state, 0, 1, **CLICK)
+    for t in range(9):
+        (expected,) = predictor.propagate_in_video(state, t, 0)
+        assert same(tracker.push(frames[t]), expected)
+
+    def edit(frame_idx, obj_id, **prompt):
+        found = tracker.add_points(obj_id, frame_idx=frame_idx, **prompt)
+        predictor.add_new_points_or_box(state, frame_idx, obj_id, **prompt)
+        (expected,) = predictor.propagate_in_video(state, frame_idx, 0)
+        return same(found, expected)
+
+    def retrack(start):
+        expected = list(predictor.propagate_in_video(state, start, tracker.last_frame_idx - start))
+        return all(itertools.starmap(same, zip(tracker.retrack(), expected, strict=True)))
+
+    assert edit(5, 1, **BOX) and retrack(5)
+    assert edit(3, 1, points=[[0.9, 0.9]], labels=[0])  # a prompted frame lies ahead
+    assert edit(2, 2, **BOX) and retrack(2)
+    tracker.clear_prompts(1, 5)
+    predictor.clear_all_points_in_frame(state, 5, 1)
+    assert retrack(5)
+    (expected,) = predictor.propagate_in_video(state, 9, 0)
+    assert same(tracker.push(frames[9]), expected)
+
+
+def test_a_stream_that_replays_waits_for_what_an_edit_made_old(predictor, frames):
+    tracker, source = StreamingTracker(predictor, memory_policy="snapshot_replay:4"), iter(frames)
+    tracker.add_points(1, **CLICK)
+    results = tracker.run(source)
+    assert [next(results).frame_idx for _ in range(8)] == list(range(8))
+    tracker.add_points(1, frame_idx=6, **BOX)
+    tracker.add_points(1, frame_idx=2, **BOX)
+    again = tracker.retrack()
+    assert [next(again).frame_idx, next(again).frame_idx] == [2, 3]
+    again.close()  # broken off
+    for act in (
+        lambda: tracker.push(frames[8]),
+        lambda: tracker.add_points(1, frame_idx=5, **CLICK),
+        lambda: tracker.add_points(1, frame_idx=6, **CLICK),
+        lambda: next(results),
+    ):
+        with pytest.raises(EditRefusedError, match=r"then only up to 3: go on tracking from there first; retrack\(\)"):
+            act()
+    assert tracker.last_frame_idx == 7 and not tracker.state.has_pending_prompts
+    assert [result.frame_idx for result in tracker.retrack()] == [4, 5, 6, 7]
+    assert next(tracker.run(source)).frame_idx == 8
+    np.testing.assert_array_equal(tracker.state.source.frame(8), frames[8])  # none was lost
+
+
 def test_what_is_tracked_again_begins_with_the_frame_that_still_needs_it(predictor, frames):
     """A correction of the newest frame is tracked at once, and so is no reason to go back later."""
     tracker = StreamingTracker(predictor, memory_policy=RecentEdits(4))
@@ -131,6 +186,24 @@ def test_prompts_that_wait_can_be_taken_back_and_are_copies(predictor, frames):
     assert [result.obj_ids for result in results] == [[2]] * 4
     with pytest.raises(PromptError, match="there is no object 3"):
         tracker.remove_object(3)
+
+
+def test_what_is_refused_leaves_a_stream_as_it_was(frames):
+    """A removal keeps the prompts that wait, and a frame that is gone is an edit that the policy does not serve."""
+    tracker = StreamingTracker(Sam3TrackerPredictor(small_model(use_memory_selection=True)))
+    for frame in frames[:3]:
+        tracker.push(frame)
+    with pytest.raises(EditRefusedError, match="frame 0 of the stream is gone: frames 2 and later are kept: a larger"):
+        tracker.add_points(1, frame_idx=0, **CLICK)
+    assert tracker.state.obj_ids == []
+    tracker.add_points(1, frame_idx=3, **CLICK)
+    tracker.add_points(2, frame_idx=3, **BOX)
+    tracker.push(frames[3])
+    tracker.add_points(1, frame_idx=4, **BOX)
+    with pytest.raises(EditRefusedError, match=r"object 1 cannot be removed exactly: .* in one batch with \[2\]"):
+        tracker.remove_object(1)
+    tracker.push(frames[4])
+    assert tracker.state.group_of(1).prompted_frames(1) == {3, 4}
 
 
 def test_objects_come_and_go(predictor, frames):
@@ -247,7 +320,6 @@ def test_the_end_of_a_stream(predictor, frames):
         (lambda t: t.add_points(1, frame_idx=3, clear_old_points=False, **BOX), PromptError, "clear_old_points=True"),
         (lambda t: t.add_mask(1, np.zeros((3, 3, 3)), frame_idx=3), PromptError, "mask"),
         (lambda t: t.clear_prompts(8), PromptError, "there is no object 8"),
-        (lambda t: StreamingTracker(t.predictor, memory_policy=SnapshotReplay()), ValueError, "no longer has them"),
         (lambda t: StreamingTracker(t.predictor).state, PromptError, "nothing was pushed yet"),
         (lambda t: StreamingTracker(t.predictor, memory_policy="some"), ValueError, "unknown memory policy 'some'"),
     ],

@@ -115,6 +115,10 @@ class PushedFrames(FrameSource):
 class StreamingTracker:
     """One stream. The predictor and its model can serve any number of them.
 
+    Objects whose first prompts are given before their frame is pushed are tracked as one batch: faster, and no two of
+    them own a pixel of the memory. A prompt on a frame that was pushed is tracked at once, so its object is a batch of
+    its own.
+
     Attributes:
         state: The session; see `TrackerState`.
         last_frame_idx: Index of the frame that was pushed last; -1 before the first one.
@@ -125,24 +129,16 @@ class StreamingTracker:
         Args:
             predictor: With its settings for objects and memory.
             memory_policy: What is kept, a policy or its name; default: ``RecentEdits(1)``, so that the newest frame
-                can be corrected. Frames are kept as far back as it can serve edits.
+                can be corrected. Frames are kept as far back as it can serve edits: under ``SnapshotReplay`` and
+                ``KeepEverything`` all of them, compressed without loss, so that memory grows with the stream.
 
         Raises:
-            ValueError: If the policy needs frames that a stream no longer has.
+            ValueError: If there is no such policy.
         """
         policy = parse(memory_policy) if isinstance(memory_policy, str) else memory_policy or RecentEdits(1)
-        if isinstance(policy, RecentEdits):
-            num_kept: int | None = max(policy.num_frames, 1)
-        elif type(policy) is KeepEverything:
-            num_kept = None
-        else:
-            raise ValueError(
-                f"{policy!r} reads old frames again, and a stream no longer has them: take RecentEdits or NoLateEdits, "
-                "or open the video with Sam3TrackerPredictor.init_state"
-            )
         self.predictor = predictor
         self._policy = policy
-        self._frames = PushedFrames(num_kept)
+        self._frames = PushedFrames(policy.num_frames_read)
         self._state: TrackerState | None = None
         self._ahead: dict[int, list[tuple[int, Callable[[], Any]]]] = {}
         self._edited: int | None = None
@@ -191,7 +187,8 @@ class StreamingTracker:
 
         Raises:
             PromptError: If an argument cannot be used; the state is as it was.
-            EditRefusedError: If the memory policy does not serve edits on this frame any more.
+            EditRefusedError: If the memory policy does not serve edits on this frame any more, or, under
+                ``SnapshotReplay``, not before a `retrack` that was broken off has come to it.
         """
         frame_idx = self._resolve(frame_idx)
         require_object_id(obj_id)
@@ -247,12 +244,13 @@ class StreamingTracker:
         """Forget an object, also its prompts that wait; the others keep their results.
 
         Raises:
-            PromptError: If there is no such object, or it cannot be removed exactly.
+            PromptError: If there is no such object, or it cannot be removed exactly; nothing is forgotten.
         """
         is_known = self._state is not None and obj_id in self._state.obj_ids
-        if self._forget_waiting(obj_id, list(self._ahead)) and not is_known:
-            return
-        self.predictor.remove_object(self.state, obj_id, strict=True, need_output=False)
+        is_waiting = any(obj_id == other for waiting in self._ahead.values() for other, _ in waiting)
+        if is_known or not is_waiting:  # refused, if at all, before anything is forgotten
+            self.predictor.remove_object(self.state, obj_id, strict=True, need_output=False)
+        self._forget_waiting(obj_id, list(self._ahead))
 
     def _resolve(self, frame_idx: int | None) -> int:
         if frame_idx is None:
@@ -272,12 +270,22 @@ class StreamingTracker:
         if frame_idx > self.last_frame_idx:
             self._ahead.setdefault(frame_idx, []).append((obj_id, add))
             return None
+        self._require_startable(frame_idx)
         add()
         self._note_edit(frame_idx)
         result = self._track(frame_idx)
         if self._edited == self.last_frame_idx:
             self._edited = None  # this frame was all there was to track again
         return result
+
+    def _require_startable(self, frame_idx: int) -> None:
+        """Refuse what has to wait until a `retrack` that was broken off has come to it; nothing is changed."""
+        if self._edited is None or self.state.policy is None:
+            return
+        try:
+            self.state.policy.require_startable(self.state, frame_idx, reverse=False)
+        except EditRefusedError as error:
+            raise EditRefusedError(f"{error}; retrack() does that for all frames up to the newest") from error
 
     def _forget_waiting(self, obj_id: int, frames: Iterable[int]) -> bool:
         """Drop prompts of an object that wait for some frames; whether there were any."""
@@ -305,9 +313,12 @@ class StreamingTracker:
 
         Raises:
             VideoInputError: If it cannot be used; the stream goes on as if it had not been pushed.
+            EditRefusedError: Under ``SnapshotReplay``, if `retrack` was broken off on its way to the newest frame; the
+                stream goes on in the same way.
             PromptError: If a prompt that waited cannot be used on it; the others were, and the frame was taken:
                 `retrack` tracks it.
         """
+        self._require_startable(self.last_frame_idx + 1)
         frame_idx = self._frames.push(frame)
         if self._state is None:
             self._state = self.predictor.init_state(video_path=self._frames, memory_policy=self._policy)
@@ -340,9 +351,14 @@ class StreamingTracker:
             yield result
 
     def run(self, frames: Iterable[Any]) -> Iterator[StreamResult]:
-        """Push every frame of a source as it comes, then `finish`. Prompts may be given between the results."""
+        """Push every frame of a source as it comes, then `finish`. Prompts may be given between the results.
+
+        To edit after the last frame, push in a loop of your own: with `finish` the frames are gone.
+        """
         for frame in frames:
             yield self.push(frame)
+            # Before the source gives a frame that could not be tracked.
+            self._require_startable(self.last_frame_idx + 1)
         self.finish()
 
     def finish(self) -> None:

@@ -28,7 +28,8 @@ class TextStream:
     """One stream and one text. The results are those of `Sam3VideoInference.propagate_in_video` on the whole video.
 
     New objects are on probation for ``hotstart_delay`` frames, and so long results are held back; nothing else is kept
-    but what future results depend on.
+    but what future results depend on. So the text is the only prompt: to click on what was found, open a video with
+    `Sam3VideoInference.init_state`, whose ``edit_window`` says how many of the last frames can be corrected.
     """
 
     def __init__(self, video: Sam3VideoInference, text: str, *, boxes_xywh: Any = None, box_labels: Any = None) -> None:
