@@ -196,11 +196,39 @@ class TrackedGroup:
         bank = self.bank.select_objects(rows, shared_iou_score)
         return replace(self, obj_ids=[self.obj_ids[row] for row in rows], bank=bank)
 
-    def prune(self, scene: Scene, fronts: Sequence[Front], first_whole: int, last_whole: int) -> None:
-        """Drop what tracking from the fronts can never read; frames from one to the other keep everything."""
-        settings = scene.tracker.settings
-        self.bank = prune(self.bank, fronts, settings, scene.num_frames, lambda t: first_whole <= t <= last_whole)
+    def prune(
+        self, scene: Scene, fronts: Sequence[Front], first_whole: int, last_whole: int, click_window: int
+    ) -> None:
+        """Drop what tracking from the fronts can never read, whatever clicks come at the fronts or ahead of them.
+
+        Args:
+            scene: Of the video.
+            fronts: Where tracking may go on, and be corrected.
+            first_whole: From this frame to the last one everything is kept.
+            last_whole: That frame.
+            click_window: As for `click`; a click makes tracking read conditioning frames that were too far before.
+        """
+        settings, bank = scene.tracker.settings, self.bank
+        kept = prune(bank, fronts, settings, scene.num_frames, lambda t: first_whole <= t <= last_whole)
+        unsafe = {t for t in bank.cond.keys() - self.clicked_frames if _is_in_reach(t, fronts, click_window)}
+        safe = MemoryBank({t: record for t, record in bank.cond.items() if t not in unsafe})
+        spare = prune(safe, fronts, settings, scene.num_frames).cond
+        cond = {}
+        for t, record in bank.cond.items():
+            known = kept.cond.get(t)
+            if t in unsafe:
+                cond[t] = replace(record, pred_masks=None if known is None else known.pred_masks)
+            elif t in spare and not first_whole <= t <= last_whole:
+                cond[t] = spare[t]
+            elif known is not None:
+                cond[t] = known
+        self.bank = MemoryBank(cond, kept.non_cond)
         self.clicked_frames &= self.bank.cond.keys()
+
+
+def _is_in_reach(frame_idx: int, fronts: Sequence[Front], window: int) -> bool:
+    """Whether a click at a front or ahead of it can take the rank of conditioning frame from a frame."""
+    return any(not front.is_behind(frame_idx) or front.distance(frame_idx) <= window for front in fronts)
 
 
 def new_group(

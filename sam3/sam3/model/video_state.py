@@ -59,7 +59,9 @@ class VideoState:
     first_frame: int | None = None
     """The first frame that was processed; propagation backward starts before it."""
     last_frame: int | None = None
-    """The frame that was processed last."""
+    """The frame that the last pass came to, or that an earlier one in its direction had come to if that is farther."""
+    turned_at: int | None = None
+    """The first frame since the direction changed; None: it did not."""
     oldest_whole: int | None = None
     """The frame from which on everything is kept, in the direction of the last pass; None: all frames."""
     is_reverse: bool = False
@@ -188,19 +190,28 @@ class VideoState:
     def prune(self, frame_idx: int, reverse: bool, is_again: bool = False) -> None:
         """Drop what no frame after this one can read; see `sam3.model.memory_pruning`.
 
+        The window lies behind the farthest frame; while frames behind that are tracked once more, nothing is dropped.
+
         Args:
             frame_idx: The frame that was processed.
             reverse: Where it goes on.
             is_again: The frame itself will be processed once more.
         """
+        step = -1 if reverse else 1
+        if self.last_frame is not None:
+            if reverse != self.is_reverse:
+                self.turned_at = frame_idx
+            elif (frame_idx - self.last_frame) * step < 0:
+                return
         self.last_frame, self.is_reverse = frame_idx, reverse
         if self.first_frame is None:
             self.first_frame = frame_idx
         if self.edit_window is None:
             return
         window = self.edit_window
-        step = -1 if reverse else 1
         oldest = frame_idx - step * (max(window - 1, 0) if window or is_again else -1)
+        if self.turned_at is not None and window:
+            oldest = max(oldest * step, self.turned_at * step) * step  # an earlier pass dropped what lies behind
         self.oldest_whole = oldest
         fronts = [Front(oldest, reverse)]
         if not reverse and not self.frames.is_sequential and self.first_frame > 0:
@@ -209,12 +220,12 @@ class VideoState:
         if not window and not is_again:
             first, last = 0, -1
         for group in self.groups:
-            if not self._may_lose_an_object(group, frame_idx):
-                group.prune(self.scene, fronts, first, last)
+            if not self._may_lose_an_object(group, oldest, step):
+                group.prune(self.scene, fronts, first, last, self.config.click_demotion_window)
         self.cache.keep_between(min(frame_idx, oldest), max(frame_idx, oldest))
         self.boxes = {t: box for t, box in self.boxes.items() if t * step >= (frame_idx - step) * step}
 
-    def _may_lose_an_object(self, group: TrackedGroup, frame_idx: int) -> bool:
+    def _may_lose_an_object(self, group: TrackedGroup, oldest: int, step: int) -> bool:
         """Whether the probation of one object can yet change which frames are good for the others of its group."""
         is_shared = self.scene.tracker.settings.shared_iou_score and len(group.obj_ids) > 1
-        return is_shared and abs(frame_idx - group.first_frame) <= self.config.hotstart_delay
+        return is_shared and (oldest - group.first_frame) * step <= self.config.hotstart_delay
