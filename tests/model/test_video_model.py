@@ -285,6 +285,25 @@ def test_a_forward_session_stays_the_same_size(selection: bool) -> None:
     assert len(state.cache.frames) == 0 and len(state.scores) <= 3 and len(state.hotstart.objects) <= 3
 
 
+@pytest.mark.parametrize(("limit", "count"), [(3, 36), (10_000, 16)])
+def test_objects_that_come_and_go_are_bounded_by_their_limit_alone(limit: int, count: int) -> None:
+    """Every third frame has a newcomer, which stays for two frames and passes probation; nobody is dropped."""
+    config = FAST.replace(
+        hotstart_delay=0, hotstart_unmatch_thresh=0, hotstart_dup_thresh=0, recondition_every_nth_frame=0
+    ).replace(max_num_objects=limit)
+    script = {t: [(0.9, RIGHT)] for t in range(0, count, 3)}
+    video = ScriptedVideo(script, config, tracks=lambda obj_id, t: RIGHT if 0 <= t - 3 * obj_id < 2 else (0, 0))
+    state, _ = start(video, count, edit_window=0)
+    sizes, found = {}, {}
+    for t, out in video.propagate_in_video(state):
+        sizes[t], found[t] = kept_tensors(state), out["out_obj_ids"].tolist()
+    assert found[3] == found[4] == [1] and found[5] == []
+    assert len(state.scores) == len(state.groups) == min(limit, -(-count // 3))
+    if limit == 3:
+        for i in (0, 1):
+            assert max(sizes[t][i] for t in range(31, 36)) <= max(sizes[t][i] for t in range(26, 31))
+
+
 @functools.cache
 def forward_and_backward(selection: bool, edit_window: int | None) -> tuple[dict[int, Any], dict[int, Any]]:
     """Outputs of a session that begins on frame 18 of 40; objects come and end."""

@@ -79,7 +79,9 @@ class Sam3VideoInference(Sam3VideoBase):
             video_loader_type: ``decord`` or ``av``; None, and the released names ``cv2`` and ``torchcodec``: whichever
                 there is.
             edit_window: So many of the last frames may be clicked and propagated from again. 0: the session only
-                goes forward (and once backward from where it began), at constant memory. None: everything is kept.
+                goes forward (and once backward from where it began). None: everything is kept. With a number, memory
+                follows the objects that were ever found, which ``VideoConfig.max_num_objects`` limits, and not the
+                length of the video.
                 ``auto``: 0 for a live source, which cannot give a frame again, and None for others.
 
         Raises:

@@ -57,7 +57,8 @@ class VideoConfig:
     fill_hole_area: int = 16
     """Holes and specks of at most so many pixels of the mask grid (of the video, after a click) go. 0: they stay."""
     max_num_objects: int = 10_000
-    """Objects at a time; of more new ones than fit, those with the best scores are taken."""
+    """Objects at a time; of more new ones than fit, those with the best scores are taken. Objects past their probation
+    are never dropped, so that where objects come and go without end, this alone bounds memory and time per frame."""
     click_demotion_window: int = 16
     """A click takes the rank of conditioning frame from the detector's frames at most so many frames away."""
     box_reaches_next_frame: bool = True
