@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,10 +98,14 @@ class TrackerConfig:
                 raise ValueError(f"tracker: {name} {getattr(self, name)} must be at least 1")
         for name in ("memory_frames", "top_k_memories"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"tracker: {name} {value} must be at least 1, or None")
-        if self.memory_decay < 0:
-            raise ValueError(f"tracker: memory_decay {self.memory_decay} must not be negative")
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"tracker: {name} {value} must be a whole number of at least 1, or None")
+        if not 0 <= self.memory_decay < math.inf:
+            raise ValueError(f"tracker: memory_decay {self.memory_decay} must be finite and not negative")
+        for name in ("memory_frames", "memory_decay", "top_k_memories"):
+            value = getattr(self, name)
+            if self.num_maskmem == 0 and value:
+                raise ValueError(f"tracker: {name} {value} has no effect with num_maskmem 0, which is no memory")
 
     @property
     def num_recent_frames(self) -> int:

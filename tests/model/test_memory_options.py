@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -168,15 +169,30 @@ def test_own_scores_select_own_frames(tracker: Sam3Tracker, features: TrackerFea
     ("changes", "message"),
     [
         ({"num_maskmem": 1}, "num_maskmem 1 must be 0"),
-        ({"memory_frames": 0}, "memory_frames 0 must be at least 1"),
-        ({"top_k_memories": 0}, "top_k_memories 0 must be at least 1"),
-        ({"memory_decay": -0.1}, "memory_decay -0.1 must not be negative"),
+        ({"memory_frames": 0}, "memory_frames 0 must be a whole number of at least 1"),
+        ({"top_k_memories": 0}, "top_k_memories 0 must be a whole number of at least 1"),
+        ({"memory_decay": -0.1}, "memory_decay -0.1 must be finite and not negative"),
         ({"memory_temporal_stride": 0}, "memory_temporal_stride 0 must be at least 1"),
+        ({"memory_frames": 7.5}, "memory_frames 7.5 must be a whole number"),
+        ({"memory_decay": math.nan}, "memory_decay nan must be finite"),
+        ({"memory_decay": math.inf}, "memory_decay inf must be finite"),
+        ({"num_maskmem": 0, "memory_frames": 8}, "memory_frames 8 has no effect with num_maskmem 0"),
+        ({"num_maskmem": 0, "memory_decay": 0.5}, "memory_decay 0.5 has no effect with num_maskmem 0"),
     ],
 )
 def test_impossible_settings(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TINY.tracker.replace(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"), [({"num_maskmem": 9}, "weights hold 7"), ({"mem_dim": 32}, "mem_dim 32")]
+)
+def test_settings_that_do_not_fit_the_weights(tracker: Sam3Tracker, changes: dict, message: str) -> None:
+    before = tracker.settings
+    with pytest.raises(ValueError, match=message):
+        tracker.settings = TINY.tracker.replace(**changes)
+    assert tracker.settings is before
 
 
 def test_memory_attention_has_a_layer() -> None:

@@ -103,6 +103,9 @@ def test_steps_out_of_order_are_refused(predictor, state) -> None:
         predictor.propagate_in_video(state, 0, -1)
     with pytest.raises(ValueError, match="obj_ids must be None"):
         predictor.propagate_in_video(state, obj_ids=[1])
+    with pytest.raises(ValueError, match="run_mem_encoder=False keeps no memory for later frames"):
+        predictor.propagate_in_video(state, 0, 1, run_mem_encoder=False)
+    assert [frame for frame, *_ in predictor.propagate_in_video(state, 0, 0, run_mem_encoder=False)] == [0]
 
 
 def test_unknown_objects_are_refused(predictor, state) -> None:

@@ -346,7 +346,7 @@ class Sam3TrackerPredictor(TrackerEngine):
             reverse: Towards the beginning of the video.
             tqdm_disable: Accepted; no progress is drawn here (``python -m sam3.track`` does).
             obj_ids: Must be None: all objects are tracked.
-            run_mem_encoder: Store memories; without them later frames cannot be tracked.
+            run_mem_encoder: Store memories. False is for a single frame: later ones cannot be tracked without them.
             propagate_preflight: Accepted; prompts that wait are always taken in first.
 
         Yields:
@@ -354,11 +354,13 @@ class Sam3TrackerPredictor(TrackerEngine):
             (above 0: the object), and object scores (B, 1) as logits (above 0: the object is in the frame).
 
         Raises:
-            PromptError: If the start is no frame of the video.
+            PromptError: If the start is no frame of the video, or several frames are to do without memories.
             RuntimeError: If there is no prompt at all.
             VideoDecodeError: If a frame cannot be decoded; what was tracked stays in the state.
         """
         state = require_state(inference_state)
+        if not run_mem_encoder and max_frame_num_to_track != 0:
+            raise PromptError("run_mem_encoder=False keeps no memory for later frames: set max_frame_num_to_track=0")
         if obj_ids is not None:
             raise PromptError(f"obj_ids must be None, got {obj_ids!r}: all objects are tracked; use remove_object")
         if max_frame_num_to_track not in (None, 0):

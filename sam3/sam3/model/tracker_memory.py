@@ -28,6 +28,7 @@ from sam3.model.memory_bank import (
 )
 from sam3.sam.heads import SamHeads
 from sam3.sam.layers import MLP
+from sam3.tracker_config import TrackerConfig
 
 
 class TrackerFeatures(NamedTuple):
@@ -54,15 +55,14 @@ class TrackerMemory(SamHeads):
 
     Attributes:
         config: The whole model's description; ``config.tracker`` holds the memory's.
-        settings: ``config.tracker``; may be replaced by settings that fit the same weights.
         memory_dtype: Spatial memories are stored in it; the released tracker always uses bfloat16.
     """
 
     def __init__(self, config: Sam3Config, memory_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(config)
-        dim, self.settings = config.hidden_dim, config.tracker
-        mem_dim = self.settings.mem_dim
+        dim, mem_dim = config.hidden_dim, config.tracker.mem_dim
         self.config = config
+        self.settings = config.tracker
         self.memory_dtype = memory_dtype
         self._build_memory_attention(config)
         self.maskmem_backbone = SimpleMaskEncoder(config)
@@ -77,6 +77,27 @@ class TrackerMemory(SamHeads):
         for table in (self.maskmem_tpos_enc, self.no_mem_pos_enc, self.no_obj_ptr, self.no_obj_embed_spatial):
             nn.init.trunc_normal_(table, std=0.02)
         self.memory_code = SineTable(mem_dim, config.grid_size)
+
+    @property
+    def settings(self) -> TrackerConfig:
+        """``config.tracker``, or what took its place.
+
+        Raises:
+            ValueError: On setting rules that need more rows than the weights' temporal table has, or other widths.
+        """
+        return self._settings
+
+    @settings.setter
+    def settings(self, settings: TrackerConfig) -> None:
+        own = self.config.tracker
+        if settings.num_maskmem > own.num_maskmem:
+            raise ValueError(
+                f"tracker: num_maskmem {settings.num_maskmem} needs as many rows of the temporal table, of which the "
+                f"weights hold {own.num_maskmem}: for a larger memory set memory_frames"
+            )
+        if settings.mem_dim != own.mem_dim:
+            raise ValueError(f"tracker: mem_dim {settings.mem_dim} does not fit the weights, which have {own.mem_dim}")
+        self._settings = settings
 
     def _build_memory_attention(self, config: Sam3Config) -> None:
         """What `attend` works with."""
