@@ -20,7 +20,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,7 +79,7 @@ def predict(argv: list[str] | None = None) -> int:
         CommandError: If an option cannot be used, which is said before anything is computed; if the checkpoint computes
             numbers that are not finite, or results cannot be written.
     """
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(join_marks(sys.argv[1:] if argv is None else argv))
     problems: list[str] = []
     boxes, points = parse_marks(args.box, 4, "--box", problems), parse_marks(args.point, 2, "--point", problems)
     _check_options(args, problems)
@@ -118,6 +120,18 @@ def predict(argv: list[str] | None = None) -> int:
         print("\n".join(f"  - {message}" for message in run.failures), file=sys.stderr)
         return EXIT_USER_ERROR
     return 0
+
+
+def join_marks(words: Sequence[str]) -> list[str]:
+    """``--box -20,5,30,30`` as ``--box=-20,5,30,30``: argparse takes a word that starts with a minus for an option."""
+    joined: list[str] = []
+    for word in words:
+        is_value = re.match(r"-[\d.][^,]*,", word) and joined and re.fullmatch(r"--\w[\w-]*", joined[-1])
+        if is_value:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def parse_marks(words: list[str], count: int, option: str, problems: list[str]) -> Marks:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sam3.cli import EXIT_INTERRUPTED, EXIT_USER_ERROR, CommandError, run_command
-from sam3.predict import Marks, make_folder, parse_device, parse_marks
+from sam3.predict import Marks, join_marks, make_folder, parse_device, parse_marks
 
 if TYPE_CHECKING:
     from sam3.model.sam3_image import Sam3Image
@@ -75,7 +75,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--max-frames", type=int, metavar="N", help="at most N frames beyond the first, each way")
     parser.add_argument("--save", nargs="+", choices=_RESULTS, default=_RESULTS, help="which results (default: all)")
-    parser.add_argument("--fps", type=float, help="of the overlay of a folder of pictures (default 24)")
+    parser.add_argument(
+        "--fps",
+        type=float,
+        help="of the overlay, where frames have no times of their own (a folder of pictures; default 24)",
+    )
     parser.add_argument(
         "--memory",
         choices=("efficient", "full"),
@@ -104,7 +108,7 @@ def track(argv: list[str] | None = None) -> int:
     Raises:
         CommandError: If an option cannot be used; nothing has been computed then.
     """
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(join_marks(sys.argv[1:] if argv is None else argv))
     problems: list[str] = []
     points, boxes = parse_marks(args.point, 2, "--point", problems), parse_marks(args.box, 4, "--box", problems)
     _check_options(args, boxes, problems)
@@ -119,6 +123,10 @@ def track(argv: list[str] | None = None) -> int:
     prompts = _collect_prompts(args, points, boxes, problems)
     with open_frames(args.video, decoder=args.decoder, prefetch=_PREFETCHED_FRAMES) as frames:
         problems += check_prompts(prompts, frames)
+        if args.fps is not None and frames.time_s(0) is not None:
+            problems.append(
+                f"--fps {args.fps:g}: {args.video} has times of its own, which the overlay keeps: leave it out"
+            )
         earlier = results_in(args.output, _mask_folder_name(args))
         if earlier and not args.overwrite:
             first, count = earlier[0].relative_to(args.output), len(earlier)
@@ -241,7 +249,7 @@ def _open_writers(args: argparse.Namespace, frames: FrameSource) -> list[FrameWr
     from sam3.video import writer as results
 
     first_id = 0 if args.text is not None else 1
-    fps = frames.frames_per_second or args.fps
+    fps = args.fps or frames.frames_per_second
     writers: list[FrameWriter] = []
     if "masks" in args.save:
         writers.append(results.MaskFolder(args.output / results.MASK_FOLDER / _mask_folder_name(args), first_id))

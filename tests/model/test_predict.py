@@ -222,6 +222,7 @@ def test_a_damaged_checkpoint_is_said_and_writes_no_object(run, photos, checkpoi
         (["--image", "PHOTO", "--text", " "], ["--text ' ': the text is empty"]),
         (["--image", "PHOTO", "--box", "1,2,3"], ["--box 1,2,3: expected 4 numbers"]),
         (["--image", "PHOTO", "--box=-1,2,x,4"], ["--box -1,2,x,4: expected 4 numbers"]),
+        (["--image", "PHOTO", "--box", "-1,2,x,4"], ["--box -1,2,x,4: expected 4 numbers"]),
         (["--image", "PHOTO", "--point", "1,2,3"], ["--point 1,2,3: expected 2 numbers with commas, and optionally"]),
         (["--image", "PHOTO", "--text", "x", "--device", "gpu"], ["--device gpu: torch knows devices such as cpu"]),
         (["--image", "PHOTO", "--text", "x", "--interactive"], ["--text does not go with --interactive"]),

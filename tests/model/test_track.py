@@ -24,6 +24,7 @@ from sam3.efficient_keys import own_weights
 from sam3.model.efficient_sam3_tracker import EfficientSam3Tracker
 from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
 from sam3.model_builder import build_sam3_image_model
+from sam3.predict import join_marks
 from sam3.released_names import to_released
 from sam3.track import main
 from sam3.video.frame_source import open_frames
@@ -312,6 +313,9 @@ def test_a_full_disk_is_said_in_one_line(run, clip, monkeypatch) -> None:
         (["CLIP", "--box", "1,1,3,3", "--box", "4,4,9,9", "--point", "1,1"], ["all points belong to one object"]),
         (["CLIP", "--point", "1,1", "--frame", "9"], ["there is no frame 9: the video has 9 frames (0 to 8)"]),
         (["CLIP", "--point", "1,1", "--frame", "-1"], ["--frame -1: must be at least 0"]),
+        (["CLIP", "--box", "-20,-5.5,30,30", "--frame", "9"], ["error: --box: there is no frame 9"]),
+        (["CLIP", "--point", "-.5,3"], ["--point: point -0.5,3 lies outside the video"]),
+        (["CLIP", "--point", "1,1", "--fps", "5"], ["--fps 5: ", "clip.mp4 has times of its own"]),
         (["CLIP", "--mask", "CLIP"], ["clip.mp4: not an image"]),
         (["CLIP", "--mask", "SMALL"], ["small.png: the mask has 10 x 20 pixels, the video 64 x 48 pixels"]),
         (["CLIP", "--prompts", "PROMPTS"], ["prompts.json: entry 1: unknown key 'id'"]),
@@ -370,6 +374,12 @@ def test_a_file_with_two_memories_is_tracked_with_either(run, clip, model, tmp_p
     assert found["full"][3] == expected
     code, _, err, _ = run(clip, "--box", "12,8,40,36", "--overwrite", "--memory", "efficient")
     assert code == 2 and "holds no efficient memory (it holds: full)" in err
+
+
+def test_only_numbers_after_a_minus_are_values() -> None:
+    words = ["a.mp4", "--box", "-20,-5,30,30", "--point", "-1,2", "--save", "masks", "-h", "--text", "-x, y"]
+    joined = ["a.mp4", "--box=-20,-5,30,30", "--point=-1,2", "--save", "masks", "-h", "--text", "-x, y"]
+    assert join_marks(words) == joined and join_marks(joined) == joined
 
 
 def test_passes_over_a_video() -> None:
