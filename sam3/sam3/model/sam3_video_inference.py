@@ -222,6 +222,10 @@ class Sam3VideoInference(Sam3VideoBase):
     def remove_object(self, inference_state: VideoState, obj_id: int, is_user_action: bool = False) -> None:
         """Forget an object, on all frames.
 
+        The quality of frames by which memory is selected is computed anew for the objects first seen with it, as
+        released. With an ``edit_window`` that reaches only the frames whose memory is kept, so these objects can differ
+        from those of a session that keeps everything.
+
         Args:
             inference_state: From `init_state`.
             obj_id: Of the object.
