@@ -18,8 +18,9 @@ for each frame its objects with id, score, bbox (x, y, width, height) and segmen
 objects count from 0, and their masks have the value id + 1. A folder with results of the same kind for a video of this
 name is refused; with --overwrite they are removed first, whatever --save says, and nothing else is.
 
-Memory stays the same however long the video is. If a frame cannot be decoded, what was tracked is kept and the exit
-code is 2. Ctrl-C keeps what is done.
+Memory stays the same however long the video is, but for the list of its frames: 8 bytes for each frame of a file,
+beside FFmpeg's own list, and a path for each picture of a folder. Results of going backward wait in the output folder.
+If a frame cannot be decoded, what was tracked is kept and the exit code is 2. Ctrl-C keeps what is done.
 """
 
 from __future__ import annotations

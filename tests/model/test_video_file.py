@@ -12,7 +12,7 @@ from video_clips import FPS, frame_number, frame_pixels, rotate_in_header, write
 
 from sam3.video.frame_source import FrameRangeError, VideoDecodeError, VideoInputError, open_frames
 from sam3.video.video_file import VideoFileFrames
-from sam3.video.video_index import read_header
+from sam3.video.video_index import index_video, read_header
 
 try:
     import decord
@@ -40,6 +40,11 @@ def test_every_frame_in_any_order(clip, decoder) -> None:
         assert pixels.dtype == np.uint8 and pixels.flags.c_contiguous
         assert np.abs(pixels.astype(int) - frame_pixels(20)).max() < 12, "lossy, but the same picture"
         assert [frames.time_s(i) for i in (0, 12)] == pytest.approx([0.0, 0.5])
+
+
+def test_the_index_holds_eight_bytes_for_each_frame(clip) -> None:
+    times = index_video(clip).times
+    assert memoryview(times).nbytes == 8 * len(times) > 0  # type: ignore[arg-type]  # any buffer
 
 
 @pytest.mark.skipif(decord is None, reason="decord has no wheel for this machine")

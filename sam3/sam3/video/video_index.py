@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from sam3.video.frame_source import VideoInputError
 
@@ -27,8 +30,8 @@ class VideoIndex:
     name: str
     size_hw: tuple[int, int]
     """As shown: a phone's rotation is applied."""
-    times: list[int]
-    """When each frame is shown, in units of ``time_base``, in order."""
+    times: Sequence[int]
+    """When each frame is shown, in units of ``time_base``, in order: 8 bytes for each."""
     time_base: Fraction
     num_frames: int
     """As the file announces it; more than there are times if the file is cut off."""
@@ -123,7 +126,7 @@ def _find_stream(container: Any, name: str) -> Any:
 
 
 class _Scan(NamedTuple):
-    times: list[int]
+    times: Sequence[int]
     """Of all frames, in the order of showing."""
     is_exact: bool
     num_hidden: int
@@ -138,21 +141,23 @@ def _scan(container: Any, stream: Any) -> _Scan:
 
     context = stream.codec_context
     sps_of_nal = _SPS_TESTS.get(context.name) if str(context.codec_tag) in _TAGS_WITH_HEADERS else None
-    times: list[int | None] = []
+    times, num_timeless = array("q"), 0
     num_hidden, has_fixed_size, fault = 0, sps_of_nal is not None, None
     try:
         for packet in container.demux(stream):
             if packet.size and packet.is_discard:
                 num_hidden += 1
             elif packet.size:
-                times.append(packet.pts)
+                num_timeless += packet.pts is None
+                times.append(packet.pts or 0)
             if sps_of_nal is not None and packet.is_keyframe and has_fixed_size:
                 has_fixed_size = not _holds_header(bytes(packet), sps_of_nal)
     except av.FFmpegError as error:
         fault = describe_error(error)
-    exact = [time for time in times if time is not None]
-    is_exact = len(exact) == len(times) == len(set(exact))
-    return _Scan(sorted(exact) if is_exact else list(range(len(times))), is_exact, num_hidden, has_fixed_size, fault)
+    sorted_times = np.sort(np.array(times, dtype=np.int64))
+    is_exact = num_timeless == 0 and bool((np.diff(sorted_times) > 0).all())
+    shown = array("q", sorted_times.tobytes()) if is_exact else range(len(times))
+    return _Scan(shown, is_exact, num_hidden, has_fixed_size, fault)
 
 
 def _holds_header(packet: bytes, is_sps: Callable[[int], bool]) -> bool:
