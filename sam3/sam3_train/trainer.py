@@ -129,8 +129,8 @@ class Trainer:
 
     def _require_a_result(self, resumed: Sequence[Path]) -> None:
         """Refuse to continue a run in another folder when it has ended: nothing would ever be saved there."""
-        empty = [path for path, manager in zip(resumed, self.managers, strict=True) if not manager.names()]
-        if broadcast_object(bool(empty) and self._is_done()):
+        is_empty = any(not manager.names() for manager in self.managers)  # other ranks than 0 have none
+        if broadcast_object(is_empty) and self._is_done():
             train = self.cfg.TRAIN
             raise UserError(
                 f"{resumed[0]}: nothing is left to train, {self.position.epoch} epochs and {self.position.step} steps "

@@ -17,7 +17,6 @@ from sam3.config import EfficientMemoryConfig
 from sam3.model.clip_forward import ClipPlan, ClipPrompting
 from sam3.preprocess import Preprocess
 from sam3_train.optim import parameter_groups
-from stage2.data.clip_batch import ClipBatch
 from stage2.distill import full_memory_teacher
 from stage2.losses import MemoryDecoder, reconstruction_loss, temporal_loss, watched_compressions
 from stage2.task import Stage2Options, Stage2Task
@@ -96,15 +95,11 @@ def test_masks_boxes_clicks_and_corrections_are_all_simulated(monkeypatch: pytes
     for seed in range(120):
         torch.manual_seed(seed)
         with pytest.raises(Drawn):
-            task._judge(make_empty())
+            task(make_batch(1, 1))
     kinds = collections.Counter(plan.kind for plan in plans)
     assert 40 < kinds["mask"] < 80 and kinds["box"] > 15 and kinds["click"] > 15
     assert all(bool(plan.corrected) == (plan.kind != "mask") for plan in plans)
     assert {len(plan.prompted) for plan in plans} == {1, 2}
-
-
-def make_empty() -> ClipBatch:
-    return make_batch(1, 1)["clips"]
 
 
 def test_frames_are_normalised_as_the_backbone_wants_them(monkeypatch: pytest.MonkeyPatch) -> None:
