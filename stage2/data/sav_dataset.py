@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from sam3_train.errors import UserError
 from sam3_train.rng import mix_seed
+from stage2.batch_errors import BatchError
 from stage2.data.clip_batch import Clip
 from stage2.data.clip_sources import ClipSource
 from stage2.data.video_entry import BadVideoError
@@ -106,7 +107,7 @@ class ClipDataset(Dataset[dict[str, Any]]):
             except UserError:
                 raise
             except Exception as error:
-                raise RuntimeError(f"clips of {source.name(i)} failed: {type(error).__name__}: {error}") from error
+                raise BatchError(f"clips of {source.name(i)} failed: {type(error).__name__}: {error}") from error
             if clip is not None:
                 return clip
         return None
