@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden import fill, tracker_value
-from tracking_sessions import TwinSessions, small_config
+from tracking_sessions import TwinSessions, noise_frames, small_config
 from video_world import SMALL, ScriptedVideo, assert_same_outputs, make_frames, run_all
 
 from sam3.checkpoint_io import write_merged
@@ -26,7 +26,7 @@ from sam3.model_builder import assemble_image_model, build_sam3_video_predictor
 from sam3.released_names import released_state_dict
 
 NUM_TOKENS = 16
-FRAMES = list(np.random.default_rng(0).integers(0, 256, (18, 24, 32, 3), dtype=np.uint8))
+FRAMES = noise_frames(18)
 
 
 def compressed(config: Sam3Config) -> Sam3Config:

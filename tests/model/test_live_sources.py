@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from tracking_sessions import small_model
+from tracking_sessions import noise_frames, small_model
 
 from sam3.model.memory_policy import EditRefusedError
 from sam3.model.sam3_tracking_predictor import Sam3TrackerPredictor
@@ -27,7 +27,7 @@ def predictor():
 
 @pytest.fixture(scope="module")
 def frames():
-    return list(np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, 24, 32, 3), dtype=np.uint8))
+    return noise_frames(NUM_FRAMES)
 
 
 def tracked(predictor, state, start, num_frames):

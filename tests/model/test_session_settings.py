@@ -5,11 +5,10 @@ from __future__ import annotations
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from tracking_sessions import VIDEO_HW, HandedInFeatures, small_config, small_model
+from tracking_sessions import VIDEO_HW, HandedInFeatures, noise_frames, small_config, small_model
 
 from sam3.model.mask_rules import fill_holes_in_mask_scores
 from sam3.model.sam3_image import Sam3Image
@@ -96,7 +95,7 @@ def test_frames_may_be_decoded_ahead_in_a_thread(model: Sam3Image) -> None:
             readers.add((index, threading.current_thread() is threading.main_thread()))
             return super().__getitem__(index)
 
-    pictures = list(np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, *VIDEO_HW, 3), dtype=np.uint8))
+    pictures = noise_frames(NUM_FRAMES)
     found = {}
     for is_async in (False, True):
         readers: set[tuple[int, bool]] = set()

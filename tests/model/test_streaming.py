@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from tracking_sessions import small_model
+from tracking_sessions import noise_frames, small_model
 
 from sam3.model.memory_policy import EditRefusedError, KeepEverything, NoLateEdits, RecentEdits
 from sam3.model.memory_snapshots import SnapshotReplay
@@ -31,7 +31,7 @@ def predictor():
 
 @pytest.fixture(scope="module")
 def frames():
-    return list(np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, 24, 32, 3), dtype=np.uint8))
+    return noise_frames(NUM_FRAMES)
 
 
 def same(result, expected):

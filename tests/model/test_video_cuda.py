@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from tracking_sessions import small_model
+from tracking_sessions import VIDEO_HW, noise_frames, small_model
 from video_world import LOOSE
 from video_world import make_frames as make_text_frames
 from video_world import small_model as small_text_model
@@ -21,15 +21,11 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-NUM_FRAMES, HEIGHT, WIDTH = 9, 24, 32
+NUM_FRAMES = 9
 CLICK = {"points": [[0.4, 0.5]], "labels": [1]}
-MASK = np.eye(HEIGHT, WIDTH) > 0
+MASK = np.eye(*VIDEO_HW) > 0
 Frames = dict[int, tuple[Tensor, Tensor]]
 """By frame, low-resolution logits and object scores."""
-
-
-def make_frames() -> list[np.ndarray]:
-    return list(np.random.default_rng(0).integers(0, 256, (NUM_FRAMES, HEIGHT, WIDTH, 3), dtype=np.uint8))
 
 
 def predictor_on(device: str) -> Sam3TrackerPredictor:
@@ -40,7 +36,7 @@ def predictor_on(device: str) -> Sam3TrackerPredictor:
 def session_on(device: str, offload_state_to_cpu: bool = False) -> Frames:
     """Clicks, a box and a mask, a correction on a tracked frame, and the way back."""
     predictor = predictor_on(device)
-    state = predictor.init_state(video_path=make_frames(), offload_state_to_cpu=offload_state_to_cpu)
+    state = predictor.init_state(video_path=noise_frames(NUM_FRAMES), offload_state_to_cpu=offload_state_to_cpu)
     predictor.add_new_points_or_box(state, 1, 1, **CLICK)
     predictor.add_new_points_or_box(state, 1, 2, box=[0.1, 0.2, 0.6, 0.7])
     predictor.add_new_mask(state, 1, 3, MASK)
@@ -66,7 +62,7 @@ def stream_on(device: str) -> Frames:
     tracker = StreamingTracker(predictor_on(device), memory_policy="recent_edits:3")
     tracker.add_points(1, **CLICK)
     found = {}
-    for t, frame in enumerate(make_frames()):
+    for t, frame in enumerate(noise_frames(NUM_FRAMES)):
         results = [tracker.push(frame)]
         if t == 6:
             tracker.add_points(1, frame_idx=4, points=[[0.7, 0.3]], labels=[0])

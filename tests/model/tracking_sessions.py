@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from golden import table, tracker_value
 from torch import Tensor
@@ -20,6 +21,11 @@ from sam3.model.tracker_state import TrackerState
 from sam3.model_builder import assemble_image_model
 
 VIDEO_HW = (24, 32)
+
+
+def noise_frames(num_frames: int) -> list[np.ndarray]:
+    """Noise, the same whenever it is asked for, as uint8 (H, W, 3)."""
+    return list(np.random.default_rng(0).integers(0, 256, (num_frames, *VIDEO_HW, 3), dtype=np.uint8))
 
 
 def small_config(**tracker: Any) -> Sam3Config:
