@@ -267,15 +267,16 @@ def _ema_decay(decay: float) -> float:
     return decay
 
 
-def _in_layout_of(parameter: Tensor) -> Callable[[Tensor], Tensor]:
+def _in_layout_of(parameter: Tensor) -> Callable[[Tensor | None], Tensor | None]:
     """A hook that gives a gradient the strides of its parameter.
 
     Gradients of depthwise kernels may have others along their dimension of one, which torch takes for the same layout;
-    DDP does not, warns about it in every run, and copies.
+    DDP does not, warns about it in every run, and copies. Under DDP there is no gradient at all, None, for what only a
+    logged term reads.
     """
 
-    def hook(gradient: Tensor) -> Tensor:
-        if gradient.stride() == parameter.stride():
+    def hook(gradient: Tensor | None) -> Tensor | None:
+        if gradient is None or gradient.stride() == parameter.stride():
             return gradient
         return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from toy_training import Group, ToyTask, run_group, toy_config, toy_loaders, train_toy
+from toy_training import Group, ToyTask, newest, run_group, toy_config, toy_loaders, train_toy
 
 from sam3_train.checkpoint import CheckpointManager, load_checkpoint, state_dict_sha256
 from sam3_train.distributed import (
@@ -30,6 +30,7 @@ from sam3_train.learner import Learner, Member
 from sam3_train.log import read_metrics
 from sam3_train.metrics import RunningMean
 from sam3_train.replicas import BatchNormStatistics, check_replicas
+from sam3_train.rng import seed_everything
 from sam3_train.stop_signal import StopSignal
 from sam3_train.trainer import Trainer
 
@@ -155,6 +156,28 @@ def test_gradients_are_synchronised_once_per_step(tmp_path):
     """D-57"""
     ended = run_group(no_sync_body, 2, tmp_path)
     assert ended.text.count(END) == 2, ended.text
+
+
+class WatchedTask(ToyTask):
+    """Logs what one of its parameters says, and does not train it."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=False)
+        self.probe = torch.nn.Conv2d(4, 1, 1)
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**super().forward(batch), "probe": self.probe(self.student(batch["image"])).square().mean()}
+
+
+def test_a_parameter_that_only_a_logged_term_reads_is_left_alone(tmp_path):
+    """DDP's backward pass gives such a parameter no gradient, not one of zeros; the tiny tracker's hint ends so."""
+    opts = ["TRAIN.FIND_UNUSED_PARAMETERS", "True", "TRAIN.WEIGHT_DECAY", "0.0"]
+    ended = run_group(train_toy, 2, tmp_path, tmp_path / "run", opts, task=WatchedTask)
+    assert ended.codes == [0, 0], ended.text
+    seed_everything(0)
+    start = WatchedTask().probe.state_dict()
+    trained = newest(tmp_path / "run")["model"]
+    assert torch.equal(trained["probe.weight"], start["weight"]) and torch.equal(trained["probe.bias"], start["bias"])
 
 
 def diverging_body(what: str) -> None:
