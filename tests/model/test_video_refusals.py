@@ -8,7 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from video_world import CLICK, LOOSE, SMALL, make_frames, run_all, start
+from video_world import (
+    CLICK,
+    FAST,
+    LEFT,
+    LOOSE,
+    MIDDLE,
+    RIGHT,
+    SMALL,
+    ScriptedVideo,
+    fixed,
+    make_frames,
+    run_all,
+    small_model,
+    start,
+)
 
 from sam3.model.memory_policy import EditRefusedError
 from sam3.model.sam3_video_inference import Sam3VideoInference
@@ -102,6 +116,54 @@ def test_a_session_without_a_window_goes_on_and_nowhere_else() -> None:
     assert list(run_all(video, state, reverse=True)) == [2, 1, 0]
     with pytest.raises(EditRefusedError):
         next(video.propagate_in_video(state, 15))
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_removal_that_others_would_notice_is_refused(is_shared: bool) -> None:
+    """Objects first seen together share the quality of frames; without one it is another, on dropped frames too."""
+    settings = small_model().tracker.settings.replace(use_memory_selection=True, shared_iou_score=is_shared)
+    script = {t: [(0.9, LEFT), (0.8, RIGHT), *([(0.8, MIDDLE)] if t > 1 else [])] for t in range(18)}
+    for last, edit_window, is_exact in ((2, 4, True), (16, 4, False), (16, None, True)):
+        video = ScriptedVideo(script, tracks=fixed, tracker_settings=settings)
+        state = video.init_state(make_frames(18), edit_window=edit_window)
+        video.add_prompt(state, 0, text_str="thing")
+        run_all(video, state, max_frame_num_to_track=last)
+        if last > 2:
+            video.remove_object(state, 2)  # it was first seen alone
+        if is_exact or not is_shared:
+            video.remove_object(state, 0)
+        else:
+            groups = list(state.groups)
+            with pytest.raises(EditRefusedError, match=r"object 0 cannot be removed exactly: .* with \[1\].*window=4"):
+                video.remove_object(state, 0)
+            assert state.groups == groups and state.obj_ids == [0, 1]
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_a_probation_on_the_way_back_that_needs_what_was_dropped_ends_the_way(is_shared: bool) -> None:
+    """Object 1 is not found before frame 8, where the session began; forward it was found long enough."""
+    settings = small_model().tracker.settings.replace(use_memory_selection=True, shared_iou_score=is_shared)
+    script = {t: [(0.9, LEFT), *([(0.8, RIGHT)] if t >= 8 else [])] for t in range(30)}
+    config = FAST.replace(hotstart_delay=5, hotstart_unmatch_thresh=3)
+    found = []
+    for edit_window in (None, 0):
+        video = ScriptedVideo(script, config, tracks=fixed, tracker_settings=settings)
+        state = video.init_state(make_frames(30), edit_window=edit_window)
+        video.add_prompt(state, 8, text_str="thing")
+        run_all(video, state)
+        assert state.obj_ids == [0, 1]
+        outputs, way_back = [], video.propagate_in_video(state, reverse=True)
+        if is_shared and edit_window == 0:
+            with pytest.raises(EditRefusedError, match=r"object 1 cannot be removed exactly: .* with \[0\]"):
+                for frame_idx, _ in way_back:
+                    outputs.append(frame_idx)
+        else:
+            outputs = [frame_idx for frame_idx, _ in way_back]
+            assert state.obj_ids == [0], "probation ends it"
+        found.append(outputs)
+    whole, bounded = found
+    assert whole == list(range(7, -1, -1))
+    assert bounded == (whole if not is_shared else whole[: len(bounded)]) and len(bounded) >= 1
 
 
 def test_damaged_weights_are_noticed() -> None:

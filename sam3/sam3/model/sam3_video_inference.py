@@ -16,6 +16,7 @@ from sam3.image_input import IMAGE_SUFFIXES, open_image
 from sam3.model.detections import image_share
 from sam3.model.detector_prompts import parse_boxes, parse_labels, parse_texts, rows_of_one_image, warn_of_cut_texts
 from sam3.model.mask_rules import fill_holes_in_mask_scores
+from sam3.model.memory_policy import EditRefusedError
 from sam3.model.prompt import Prompt
 from sam3.model.sam3_image_processor import VISUAL_TEXT
 from sam3.model.sam3_tracker import PointInputs
@@ -223,8 +224,7 @@ class Sam3VideoInference(Sam3VideoBase):
         """Forget an object, on all frames.
 
         The quality of frames by which memory is selected is computed anew for the objects first seen with it, as
-        released. With an ``edit_window`` that reaches only the frames whose memory is kept, so these objects can differ
-        from those of a session that keeps everything.
+        released. With an ``edit_window`` that would reach frames that are no longer kept, and is refused.
 
         Args:
             inference_state: From `init_state`.
@@ -233,6 +233,7 @@ class Sam3VideoInference(Sam3VideoBase):
 
         Raises:
             PromptError: If there is no such object.
+            EditRefusedError: If the session no longer keeps what the objects first seen with it would read.
         """
         if (obj_id := require_obj_id(obj_id)) not in inference_state.scores:
             raise PromptError(f"there is no object {obj_id} to remove; there are {inference_state.obj_ids}")
@@ -269,7 +270,8 @@ class Sam3VideoInference(Sam3VideoBase):
         Raises:
             PromptError: If there was no prompt.
             FrameRangeError: If there is no such start.
-            EditRefusedError: If the session no longer keeps what the start needs.
+            EditRefusedError: If the session no longer keeps what the start needs; after all that was tracked before, if
+                it no longer keeps what the end of a probation on the way back needs.
             RuntimeError: If a prompt is added or an object removed before the end.
             VideoDecodeError: If a frame cannot be decoded, after all that was tracked before it.
         """
@@ -305,8 +307,8 @@ class Sam3VideoInference(Sam3VideoBase):
         for frame_idx in _existing(state.frames, start, last, reverse):
             try:
                 result = self.process_frame(state, frame_idx, reverse)
-            except (VideoDecodeError, KeyboardInterrupt) as error:  # raised when what was tracked is handed out
-                fault = error
+            except (EditRefusedError, VideoDecodeError, KeyboardInterrupt) as error:
+                fault = error  # raised when what was tracked is handed out
                 break
             state.prune(frame_idx, reverse)
             for ready in buffer.push(result):

@@ -90,6 +90,8 @@ class TextStream:
 
         Raises:
             PromptError: If there is no such object.
+            EditRefusedError: If other objects were first seen with it and memories were dropped since; see
+                `Sam3VideoInference.remove_object`.
         """
         self.video.remove_object(self.state, obj_id)
 

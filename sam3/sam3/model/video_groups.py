@@ -56,6 +56,8 @@ class TrackedGroup:
     bank: MemoryBank = field(default_factory=MemoryBank)
     clicked_frames: set[int] = field(default_factory=set)
     """Conditioning frames that a user made, among those in the bank."""
+    is_whole: bool = True
+    """No frame or memory was dropped."""
 
     def record(self, frame_idx: int) -> FrameRecord | None:
         """What is known of a frame."""
@@ -222,8 +224,16 @@ class TrackedGroup:
                 cond[t] = spare[t]
             elif known is not None:
                 cond[t] = known
-        self.bank = MemoryBank(cond, kept.non_cond)
+        pruned = MemoryBank(cond, kept.non_cond)
+        self.is_whole &= _num_memories(pruned) == _num_memories(bank)
+        self.bank = pruned
         self.clicked_frames &= self.bank.cond.keys()
+
+
+def _num_memories(bank: MemoryBank) -> tuple[int, int]:
+    """Frames, and those with a spatial memory."""
+    records = [*bank.cond.values(), *bank.non_cond.values()]
+    return len(records), sum(record.maskmem_features is not None for record in records)
 
 
 def _is_in_reach(frame_idx: int, fronts: Sequence[Front], window: int) -> bool:

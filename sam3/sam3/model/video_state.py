@@ -109,9 +109,14 @@ class VideoState:
         self.next_obj_id = max(self.next_obj_id, *(obj_id + 1 for obj_id in obj_ids))
 
     def discard_objects(self, obj_ids: set[int]) -> None:
-        """Forget objects for good."""
+        """Forget objects for good.
+
+        Raises:
+            EditRefusedError: If the others first seen with one of them would read what was dropped.
+        """
         if not obj_ids:
             return
+        self._require_discardable(obj_ids)
         shared = self.scene.tracker.settings.shared_iou_score
         groups = [group.without(obj_ids, shared) for group in self.groups]
         self.groups = [group for group in groups if group is not None]
@@ -122,6 +127,20 @@ class VideoState:
             self.last_occluded.pop(obj_id, None)
             for touched in self.touched.values():
                 touched.pop(obj_id, None)
+
+    def _require_discardable(self, obj_ids: set[int]) -> None:
+        settings = self.scene.tracker.settings
+        if not (settings.use_memory_selection and settings.shared_iou_score):
+            return
+        for group in self.groups:
+            gone, left = obj_ids.intersection(group.obj_ids), set(group.obj_ids) - obj_ids
+            if gone and left and not group.is_whole:
+                raise EditRefusedError(
+                    f"object {min(gone)} cannot be removed exactly: it was first seen with {sorted(left)}, and which "
+                    "frames are good for them would be judged anew, also frames that are no longer kept; the session "
+                    f"was opened with edit_window={self.edit_window}: open it with None to keep everything, or build "
+                    "the model with shared_iou_score=False, where every object is judged by itself"
+                )
 
     def is_cached(self, frame_idx: int) -> bool:
         """Whether all that was found on a frame can be handed out again; of some there is only what was clicked."""
