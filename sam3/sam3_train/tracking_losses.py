@@ -30,11 +30,18 @@ class TrackingLossWeights:
     others: float = 0.0
     """How much the masks of the candidates that are not the best one count, relative to it. SAM 2 gives them nothing;
     a small model's IoU head takes one of them by mistake more often, and its mask should not be arbitrary then."""
+    focal_alpha: float = 0.25
+    """Weight of an object's pixels in the focal loss; others get the rest. Below 0.5 doubtful pixels are left out of
+    masks: a tracker that reads its own masks then shrinks them from frame to frame, the more the smaller it is."""
+    focal_gamma: float = 2.0
+    """How strongly the focal loss discounts easy pixels; 0: cross entropy, whose logits say how sure the mask is."""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not value >= 0.0:
                 raise ValueError(f"tracking loss: weight {name} must be at least 0, got {value}")
+        if self.focal_alpha > 1.0:
+            raise ValueError(f"tracking loss: focal_alpha must lie in 0..1, got {self.focal_alpha}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,7 @@ def answer_terms(answer: TrackingAnswer, weights: TrackingLossWeights) -> dict[s
     num_objects, num_masks = answer.mask_logits.shape[:2]
     logits = answer.mask_logits.flatten(0, 1)
     targets = answer.target.repeat_interleave(num_masks, dim=0)
-    focal = sigmoid_focal_loss(logits, targets).view(num_objects, num_masks)
+    focal = sigmoid_focal_loss(logits, targets, weights.focal_alpha, weights.focal_gamma).view(num_objects, num_masks)
     dice = dice_loss(logits, targets).view(num_objects, num_masks)
     best = (weights.focal * focal + weights.dice * dice).detach().argmin(dim=1, keepdim=True)
     candidates = torch.full_like(focal, weights.others).scatter(1, best, 1.0)

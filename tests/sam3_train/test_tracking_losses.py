@@ -36,6 +36,24 @@ def test_values_of_one_candidate() -> None:
     torch.testing.assert_close(losses["iou"], iou)
 
 
+def test_cross_entropy_treats_both_sides_of_a_doubtful_pixel_alike() -> None:
+    """With SAM 2's focal loss a pixel that is as often in as out is left out; with alpha 0.5 and gamma 0 it is not."""
+    answer = make_answer(num_objects=1, num_masks=1)
+    half = torch.zeros(1, 8, 8)
+    half[:, ::2] = 1.0
+    doubtful = dataclasses.replace(answer, mask_logits=torch.zeros(1, 1, 8, 8, requires_grad=True), target=half)
+    even = TrackingLossWeights(focal=2.0, dice=0.0, focal_alpha=0.5, focal_gamma=0.0)
+    for weights, is_even in ((even, True), (TrackingLossWeights(dice=0.0), False)):
+        (gradient,) = torch.autograd.grad(tracking_losses([doubtful], weights)["loss"], doubtful.mask_logits)
+        pull = float(gradient.sum())
+        assert abs(pull) < 1e-6 if is_even else pull > 0.1, "a positive pull makes the mask smaller"
+    terms = tracking_losses([answer], even)
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(answer.mask_logits[:, 0], answer.target)
+    torch.testing.assert_close(2.0 * terms["focal"], wanted)
+    with pytest.raises(ValueError, match="focal_alpha must lie in 0"):
+        TrackingLossWeights(focal_alpha=1.5)
+
+
 def test_only_the_best_candidate_gets_a_mask_gradient() -> None:
     answer = make_answer()
     with torch.no_grad():  # candidate 1 of object 0 and 2 of object 1 are nearly right
