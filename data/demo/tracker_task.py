@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +26,7 @@ LARGE_LR_SCALE = 6.0
 """Coarse features are some 30 times as large as what layers give from normalised inputs."""
 SMALL_LR_SCALE = 0.03
 """For the weights that make them as small in the memory encoder."""
-FOCAL_WEIGHT, IOU_WEIGHT, OTHERS_SHARE = 20.0, 2.0, 0.5
+MASK_LOSS = TrackingLossWeights(iou=2.0, others=0.5)
 BALANCED_WEIGHT = 2.0
 ABSENT_WEIGHT = 0.5
 
@@ -43,6 +46,8 @@ class TrackingTask(Task):
         steps_per_length: int = 1,
         hint_steps: int = 0,
         heads_lr_scale: float = 0.3,
+        memory_frames: tuple[int, ...] = (),
+        mask_loss: TrackingLossWeights = MASK_LOSS,
     ) -> None:
         """
         Args:
@@ -54,6 +59,9 @@ class TrackingTask(Task):
                 loss, and the loss of `marked` fades; until then presence is forced. With the focal loss alone masks
                 stay small for long.
             heads_lr_scale: Learning rate of the SAM heads, relative to the memory's.
+            memory_frames: How many recent frames are read, drawn from these in each step; none given: as in tracking.
+                Fewer make a step faster, and say no less about the frame before.
+            mask_loss: Weights of the losses, once nothing is hinted.
         """
         super().__init__()
         self.tracker = tracker
@@ -62,6 +70,8 @@ class TrackingTask(Task):
         self.steps_per_length = max(1, steps_per_length)
         self.hint_steps = hint_steps
         self.heads_lr_scale = heads_lr_scale
+        self.memory_frames = memory_frames
+        self.mask_loss = mask_loss
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
         self.marked = nn.Conv2d(tracker.config.hidden_dim, 1, 1)
         """A throw-away head: what the memory has told the features must by itself say where the object is."""
@@ -76,19 +86,21 @@ class TrackingTask(Task):
         clips = choose_clips(batch, self.lengths[part], self.num_objects, shuffle=True)
         hint = max(0.0, 1.0 - step / self.hint_steps) if self.hint_steps else 0.0
         plan = draw_plan(len(clips.features), PROMPTING)
-        result = forward_clip(
-            self.tracker,
-            clips.features,
-            clips.coverage_tbhw,
-            plan,
-            PROMPTING,
-            video_frames=VIDEO_FRAMES,
-            force_presence=hint > 0.0,
-            through_masks=False,
-        )
+        with self._drawn_memory():
+            result = forward_clip(
+                self.tracker,
+                clips.features,
+                clips.coverage_tbhw,
+                plan,
+                PROMPTING,
+                video_frames=VIDEO_FRAMES,
+                force_presence=hint > 0.0,
+                through_masks=False,
+            )
         self.steps_done += 1
         answers = judged_answers(result, clips.coverage_tbhw)
-        weights = TrackingLossWeights((1.0 - hint) * FOCAL_WEIGHT, iou=IOU_WEIGHT, others=max(hint, OTHERS_SHARE))
+        loss = self.mask_loss
+        weights = replace(loss, focal=(1.0 - hint) * loss.focal, others=max(hint, loss.others))
         terms = tracking_losses(answers, weights)
         terms["marked"] = self._marked_loss(result, clips)
         terms["absent"] = absent_loss(answers)
@@ -122,6 +134,17 @@ class TrackingTask(Task):
         if ".pix_feat_proj." in name:
             return SMALL_LR_SCALE
         return LARGE_LR_SCALE if name.startswith("tracker.transformer.") and name.endswith(LARGE_WEIGHTS) else 1.0
+
+    @contextmanager
+    def _drawn_memory(self) -> Iterator[None]:
+        settings = self.tracker.settings
+        if self.memory_frames:
+            drawn = self.memory_frames[int(torch.randint(len(self.memory_frames), ()))]
+            self.tracker.settings = settings.replace(memory_frames=drawn)
+        try:
+            yield
+        finally:
+            self.tracker.settings = settings
 
     def _track(self, clips: ClipBatch, kind: str) -> Tensor:
         result = forward_clip(

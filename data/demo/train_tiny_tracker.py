@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ def get_defaults() -> CfgNode:
     cfg.DATA = CfgNode({"BATCH_SIZE": 3, "TRAIN_CLIPS": 300, "VAL_CLIPS": 6, "KEPT_FRAMES": 12, "NUM_WORKERS": 1})
     cfg.MODEL = CfgNode({"PRETRAINED": str(WEIGHTS), "CONTINUE_TRACKER": ""})
     cfg.CLIPS = CfgNode({"OBJECTS": 2, "LENGTHS": [4, 4, 6], "HINT_EPOCHS": 5.0, "HEADS_LR_SCALE": 0.5})
+    cfg.CLIPS.MEMORY_FRAMES = []  # drawn from these in each step; none: all
+    # ALPHA 0.5 and GAMMA 0 make the focal loss a cross entropy (WEIGHT 8 then); see `TrackingLossWeights`.
+    cfg.CLIPS.FOCAL = CfgNode({"WEIGHT": 20.0, "ALPHA": 0.25, "GAMMA": 2.0})
     train = cfg.TRAIN
     train.EPOCHS = 9
     train.BASE_LR, train.MIN_LR, train.WARMUP_LR = 1.2e-3, 1e-5, 1e-5
@@ -114,7 +118,7 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
     from clip_pool import ClipPool, ClipPoolSpec, build_pool, choose_clips
     from torch.utils.data import DataLoader, default_collate
     from tracker_init import init_for_tracking
-    from tracker_task import TrackingTask
+    from tracker_task import MASK_LOSS, TrackingTask
 
     from sam3 import load_model
     from sam3_train.data.samplers import PartitionSampler, ResumableDistributedSampler
@@ -145,7 +149,7 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
     if cfg.MODEL.CONTINUE_TRACKER:
         model.tracker.load_state_dict(load_model(cfg.MODEL.CONTINUE_TRACKER, device="cpu").tracker.state_dict())
     steps_per_epoch = len(train_set) // (data.BATCH_SIZE * run.world_size)
-    lengths = tuple(cfg.CLIPS.LENGTHS)
+    lengths, focal = tuple(cfg.CLIPS.LENGTHS), cfg.CLIPS.FOCAL
     task = TrackingTask(
         model.tracker,
         cfg.CLIPS.OBJECTS,
@@ -153,6 +157,8 @@ def _train(cfg: CfgNode, run: Any, args: argparse.Namespace) -> None:
         cfg.TRAIN.EPOCHS * steps_per_epoch // len(lengths),
         int(cfg.CLIPS.HINT_EPOCHS * steps_per_epoch),
         cfg.CLIPS.HEADS_LR_SCALE,
+        tuple(cfg.CLIPS.MEMORY_FRAMES),
+        replace(MASK_LOSS, focal=focal.WEIGHT, focal_alpha=focal.ALPHA, focal_gamma=focal.GAMMA),
     )
     sampler = ResumableDistributedSampler(len(train_set), cfg.SEED, run.rank, run.world_size)
     fit(

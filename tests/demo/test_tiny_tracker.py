@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +147,26 @@ def test_two_steps_train_memory_and_heads(batch: dict[str, Tensor]):
     assert task.lr_scale("tracker.maskmem_tpos_enc") == 1.0
     large = {name for name, _ in task.named_parameters() if task.lr_scale(name) > 1.0}
     assert len(large) == 2 * (2 + 1) + 2, "two attentions and an MLP in each layer, and the last norm"
+
+
+def test_a_step_reads_as_many_frames_as_were_drawn(batch: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch):
+    tracker = train_tiny_tracker.build_model(WEIGHTS, seed=0).tracker
+    read: list[int] = []
+    condition = tracker.condition_on_memory
+
+    def noted(features: Any, memories: list[Any], *args: Any, **kwargs: Any) -> Tensor:
+        read.append(len(memories))
+        return condition(features, memories, *args, **kwargs)
+
+    monkeypatch.setattr(tracker, "condition_on_memory", noted)
+    most = {}
+    for drawn in ((1,), (3,), ()):
+        read.clear()
+        torch.manual_seed(0)
+        TrackingTask(tracker, lengths=(5,), memory_frames=drawn).train()(batch)
+        most[drawn] = max(read)
+    assert most[(1,)] < most[(3,)] <= 3 + 2 and most[(3,)] <= most[()]
+    assert tracker.settings.memory_frames is None, "tracking reads all of them again"
 
 
 def test_validation_is_repeatable_and_leaves_the_random_stream_alone(model: Sam3Image, batch: dict[str, Tensor]):
