@@ -20,7 +20,7 @@ from sam3_train.log import read_metrics
 CHART_TERMS = {
     "teacher_features": "features, of the full memory",
     "teacher_mask": "masks, of the full memory",
-    "focal": "focal x 20",
+    "focal": "mask cross entropy x 10",  # the recipe's focal loss is half of one
     "dice": "Dice",
     "object_score": "object score",
 }

@@ -163,9 +163,13 @@ def _forward_defaults() -> CfgNode:
 
 
 def _loss_defaults() -> CfgNode:
-    """Weights of means over answers and objects; the first four are SAM 2's."""
+    """Weights of means over answers and objects; the first six are SAM 2's."""
     loss = CfgNode()
     loss.FOCAL = 20.0
+    # Share of an object's pixels in it, and how far easy pixels are discounted. 0.5 and 0.0 are a cross entropy, with
+    # which a small model's masks do not shrink from frame to frame (FOCAL 8.0 then).
+    loss.FOCAL_ALPHA = 0.25
+    loss.FOCAL_GAMMA = 2.0
     loss.DICE = 1.0
     loss.IOU = 1.0  # L1 of the predicted IoU
     loss.OBJECT_SCORE = 1.0  # cross entropy of whether the object is there

@@ -126,15 +126,16 @@ def _clip_lines(cfg: CfgNode, clips: TrainingClips, plan: MemoryPlan) -> list[st
 
 
 def _learning_lines(cfg: CfgNode, plan: MemoryPlan) -> list[str]:
-    prompts, losses, distill = prompting(cfg), vars(loss_weights(cfg)), vars(distill_weights(cfg))
+    prompts, losses, distill = prompting(cfg), dict(vars(loss_weights(cfg))), vars(distill_weights(cfg))
     click_share = 1.0 - prompts.mask_share - prompts.box_share
+    shape = f"; focal alpha {losses.pop('focal_alpha'):g}, gamma {losses.pop('focal_gamma'):g}"
     taught = " + ".join(f"{weight:g} {name}" for name, weight in distill.items() if weight)
     forced = f"; of the first {plan.forced_steps:,} steps the features alone" if plan.forced_steps else ""
     return [
         f"prompts   mask : box : click = {prompts.mask_share:g} : {prompts.box_share:g} : {click_share:g} on "
         f"{_range(prompts.num_prompted)} frames, {prompts.clicks_per_frame} corrections on "
         f"{_range(prompts.num_corrected)} frames",
-        "loss      " + " + ".join(f"{weight:g} {name}" for name, weight in losses.items() if weight),
+        "loss      " + " + ".join(f"{weight:g} {name}" for name, weight in losses.items() if weight) + shape,
         *([f"teacher   the full memory: {taught}{forced}"] if taught else []),
     ]
 

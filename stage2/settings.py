@@ -204,6 +204,8 @@ def loss_weights(cfg: CfgNode) -> Stage2LossWeights:
             absent=loss.ABSENT,
             temporal=loss.TEMPORAL,
             reconstruction=loss.RECONSTRUCTION,
+            focal_alpha=loss.FOCAL_ALPHA,
+            focal_gamma=loss.FOCAL_GAMMA,
         ),
     )
 

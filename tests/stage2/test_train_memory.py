@@ -143,7 +143,7 @@ def test_a_dry_run_says_what_would_happen_and_leaves_nothing(
         "2 train (0.5 of the data set), 1 held out",
         "2 frames, 4 frames from epoch 2, up to 2 objects",
         "mask : box : click = 0.5 : 0.25 : 0.25",
-        "20 focal + 1 dice + 1 iou + 1 object_score",
+        "20 focal + 1 dice + 1 iou + 1 object_score; focal alpha 0.25, gamma 2",
         "the full memory: 0.5 mask",
         "8 (4 epochs of 2)",
     ):

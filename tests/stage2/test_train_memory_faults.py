@@ -58,6 +58,7 @@ SETTINGS = {
     ),
     "one number": ({"PROMPTS__NUM_CORRECTED": [1]}, "PROMPTS.NUM_CORRECTED [1] must be two numbers: fewest and most"),
     "loss": ({"LOSS__FOCAL": -1.0}, "LOSS: tracking loss: weight focal must be at least 0, got -1.0"),
+    "alpha": ({"LOSS__FOCAL_ALPHA": 2.0}, "LOSS: tracking loss: focal_alpha must lie in 0..1, got 2.0"),
     "teacher": ({"DISTILL__MASK": -0.5}, "DISTILL: distillation: weight mask must be at least 0, got -0.5"),
     "forced": ({"DISTILL__FORCED_SHARE": 0.5}, "FORWARD: stage 2: 1 forced_batches compare features alone"),
     "all forced": (
