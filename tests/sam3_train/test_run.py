@@ -100,6 +100,7 @@ def test_tensorboard_shows_a_validation_that_is_done_again_once(tmp_path):
         for step in (5, 6, 7):
             log.numbers("train", 0, step, {"loss": float(step)})
         log.numbers("val", 0, 6, {"iou": 0.1})
+    time.sleep(1.1)  # event files of one second are sorted by a counter as text: the tenth comes before the ninth
     with RunLog(tmp_path, resume_step=6, resume_epoch=0) as log:
         log.numbers("val", 0, 6, {"iou": 0.2})
         log.numbers("train", 1, 7, {"loss": 70.0})
