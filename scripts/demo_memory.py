@@ -20,7 +20,7 @@ from sam3_train.log import read_metrics
 CHART_TERMS = {
     "teacher_features": "features, of the full memory",
     "teacher_mask": "masks, of the full memory",
-    "focal": "mask cross entropy x 10",  # the recipe's focal loss is half of one
+    "focal": "mask cross entropy x 4",  # the recipe's focal loss is half of one, and counts 8
     "dice": "Dice",
     "object_score": "object score",
 }
@@ -83,7 +83,7 @@ def loss_chart(run: Path) -> str:
     for term, words in CHART_TERMS.items():
         kept = [record for record in records if record.get(term) is not None]
         if kept:
-            steps, scale = [record["step"] for record in kept], 20.0 if term == "focal" else 1.0
+            steps, scale = [record["step"] for record in kept], 8.0 if term == "focal" else 1.0
             series.append(Series(words, steps, [scale * record[term] for record in kept], color=len(series)))
     if not series:
         raise UserError(f"{run} has no metrics.jsonl with training records: was the run finished?")

@@ -62,7 +62,7 @@ def test_both_memories_are_measured_on_features_that_are_computed_once(world, tm
     assert (found.full.num_bytes, found.compressed.num_bytes) == (2 * mem_dim * TINY.grid_size**2, 2 * mem_dim * 64)
     assert [score.prompt for score in found.scores] == ["mask", "box", "one click"]
     assert found.num_clips == len(found.clips) == 1 and found.num_objects > 0
-    for words in ("features, of the full memory", "mask cross entropy x 10", "Dice", "object score"):
+    for words in ("features, of the full memory", "mask cross entropy x 4", "Dice", "object score"):
         assert words in found.chart
 
 

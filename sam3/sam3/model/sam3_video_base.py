@@ -95,6 +95,7 @@ class Sam3VideoBase:
         is_inside = tracks.masks[:, 0] > 0
         association = associate(detections.masks > 0, detections.scores, is_inside, tracks.obj_ids, self.config)
         removed, hidden = state.hotstart.update(association, frame_idx, reverse)
+        state.require_discardable(removed)
         self._recondition(state, encoded, association, detections, tracks)
         masks = self._suppress(state, tracks, is_inside, removed, frame_idx, reverse)
         self._remember(state, encoded, masks)

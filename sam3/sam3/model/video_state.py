@@ -116,7 +116,7 @@ class VideoState:
         """
         if not obj_ids:
             return
-        self._require_discardable(obj_ids)
+        self.require_discardable(obj_ids)
         shared = self.scene.tracker.settings.shared_iou_score
         groups = [group.without(obj_ids, shared) for group in self.groups]
         self.groups = [group for group in groups if group is not None]
@@ -128,7 +128,12 @@ class VideoState:
             for touched in self.touched.values():
                 touched.pop(obj_id, None)
 
-    def _require_discardable(self, obj_ids: set[int]) -> None:
+    def require_discardable(self, obj_ids: set[int]) -> None:
+        """Check that the objects first seen with some others do without them as if everything were kept.
+
+        Raises:
+            EditRefusedError: If they would read what was dropped.
+        """
         settings = self.scene.tracker.settings
         if not (settings.use_memory_selection and settings.shared_iou_score):
             return
