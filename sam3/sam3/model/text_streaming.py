@@ -91,8 +91,8 @@ class TextStream:
         Raises:
             PromptError: If there is no such object.
             EditRefusedError: If other objects were first seen with it and memories were dropped since; see
-                `Sam3VideoInference.remove_object`. With ``shared_iou_score=False`` in its ``tracker_settings`` it can
-                always be removed.
+                `Sam3VideoInference.remove_object`. A model built with ``apply_temporal_disambiguation=False``
+                can always remove it.
         """
         self.video.remove_object(self.state, obj_id)
 

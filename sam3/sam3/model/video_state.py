@@ -144,7 +144,7 @@ class VideoState:
                     f"object {min(gone)} cannot be removed exactly: it was first seen with {sorted(left)}, and which "
                     "frames are good for them would be judged anew, also frames that are no longer kept; the session "
                     f"was opened with edit_window={self.edit_window}: open it with None to keep everything, or build "
-                    "the model with shared_iou_score=False, where every object is judged by itself"
+                    "the model with apply_temporal_disambiguation=False, where no frames are selected"
                 )
 
     def is_cached(self, frame_idx: int) -> bool:
